@@ -1,0 +1,54 @@
+# `make help` lists the targets. Everything runs in .venv, which is made on first use and remade when pins change.
+
+PYTHON ?= python3.11
+
+FRAMES ?= 50000
+SEED ?= 0
+OUT ?= runs/demo
+# Not `?=`: shells keep the path of a start-up file in an environment variable of this name.
+ENV = InvertedDoublePendulum-v5
+
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all bench lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.stamp ## train PPO with observers attached; prints the path of its report (FRAMES, ENV, SEED, OUT)
+	@$(BIN)/tdhook-train demo --frames $(FRAMES) --env $(ENV) --seed $(SEED) --out "$(OUT)" --overwrite
+
+test: lint ## linters, then the tests that take seconds
+	$(BIN)/pytest
+
+test-all: lint ## linters, then every test, slow ones too
+	$(BIN)/pytest -m ''
+
+bench: .venv/.stamp ## every script of bench/ in turn
+	@set -e; for script in bench/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+lint: .venv/.stamp ## ruff, mypy and the import contract
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+clean: ## remove .venv, builds and caches; runs/ stays
+	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Asked of the interpreter itself: a pyenv shim is found on PATH even where no version stands behind it.
+# -qq: errors are shown, remarks on how this machine finds its packages are not.
+.venv/.stamp: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Python 3.11 or newer, with its venv module, is needed, and '$(PYTHON)' does not run as one." >&2; \
+	    echo "Name one that does: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Making .venv with $$("$(PYTHON)" --version) ..."
+	@"$(PYTHON)" -m venv .venv
+	@echo "Installing $$(grep '^torch==' constraints.txt) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@echo "Installing tdhook-train with everything it is developed with (some minutes the first time) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+	@echo "Environment ready: .venv"
