@@ -1,0 +1,75 @@
+"""Many versions of one activation through the rest of a network, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
+
+from tdhook_train.errors import TdhookTrainError
+from tdhook_train.hooks.model import HookedModel
+
+__all__ = ["run_versions"]
+
+
+def run_versions(
+    model: HookedModel, inputs: TensorDictBase, site: str, versions: Tensor, expected: TensorDictBase
+) -> TensorDict:
+    """Return the outputs for every version of what ``site`` gives out.
+
+    First tried: the versions as a new leading dimension, so that only what lies after the site runs on all of them.
+    Where the network cannot take that dimension, or makes something else of it (the unchanged version then does not
+    give ``expected``), the whole network runs on every row of every version.
+
+    Args:
+        model: the network.
+        inputs: its inputs, ``[rows]``.
+        site: where the versions go.
+        versions: ``[version, rows, ...]``, the first of them the unchanged value.
+        expected: the outputs of the unchanged network, ``[rows]``.
+
+    Returns:
+        The floating outputs, ``[version * rows]``.
+    """
+    count, rows = versions.shape[:2]
+    try:
+        with model.run(inputs) as run:
+            run.set(site, versions, copies=count)
+        ahead = _flat(run.output, model.out_keys, count, rows)
+        if _agrees(ahead[:rows], expected):
+            return ahead
+    except TdhookTrainError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        pass  # a layer that insists on its number of dimensions: run all rows instead
+    repeated = TensorDict({key: _repeat(inputs.get(key), count) for key in model.in_keys}, batch_size=[count * rows])
+    with model.run(repeated) as run:
+        run.set(site, versions.flatten(0, 1))
+    return _flat(run.output, model.out_keys, count * rows, 0)
+
+
+def _repeat(value: Tensor, count: int) -> Tensor:
+    return value.repeat(count, *[1] * (value.ndim - 1))
+
+
+def _flat(outputs: TensorDictBase, keys: list[NestedKey], count: int, rows: int) -> TensorDict:
+    """Collect the floating outputs in which every version shows, ``[version * rows]``."""
+    lead = (count, rows) if rows else (count,)
+    found: dict[NestedKey, Tensor] = {}
+    chosen = outputs.select(*keys, strict=False)
+    for key, value in chosen.items(include_nested=True, leaves_only=True):
+        if value.is_floating_point() and value.shape[: len(lead)] == lead:
+            found[key] = value.flatten(0, 1) if rows else value
+        elif value.is_floating_point() and rows and value.shape[:1] == (rows,):
+            found[key] = _repeat(value, count)  # does not depend on the site
+    return TensorDict(found, batch_size=[count * rows if rows else count])
+
+
+def _agrees(found: TensorDict, expected: TensorDictBase) -> bool:
+    keys = [k for k, v in expected.items(include_nested=True, leaves_only=True) if v.is_floating_point()]
+    return all(
+        k in found.keys(include_nested=True)
+        and found.get(k).shape == expected.get(k).shape
+        and torch.allclose(found.get(k), expected.get(k), rtol=1e-4, atol=1e-5, equal_nan=True)
+        for k in keys
+    )
