@@ -1,0 +1,19 @@
+"""Measuring somebody else's model without a trace: named networks, private copies, a guard in place."""
+
+from tdhook_train.isolation.in_place import in_place
+from tdhook_train.isolation.networks import Network, is_loss, networks
+from tdhook_train.isolation.shadow import Shadow, private_copy
+from tdhook_train.isolation.view import LiveView, ShadowView, View, isolated
+
+__all__ = [
+    "LiveView",
+    "Network",
+    "Shadow",
+    "ShadowView",
+    "View",
+    "in_place",
+    "is_loss",
+    "isolated",
+    "networks",
+    "private_copy",
+]

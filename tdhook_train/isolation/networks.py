@@ -1,0 +1,76 @@
+"""The named networks of a loss or module, with the weights that are actually trained.
+
+A TorchRL loss keeps its networks out of ``named_modules()`` and their parameters beside them: ``actor_network`` with
+``actor_network_params``, ``qvalue_network`` with parameters that carry a member dimension, and targets under
+``target_*_params``. The module a user built may hold other weights than those (see :func:`networks`). Found by these
+names alone, so that TorchRL need not be imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tensordict import TensorDict, TensorDictBase
+from torch import nn
+
+from tdhook_train.errors import NetworkError
+
+__all__ = ["Network", "is_loss", "networks"]
+
+
+@dataclass(frozen=True)
+class Network:
+    """One callable network: its module (structure only) and a way to its live weights."""
+
+    name: str
+    module: nn.Module
+    weights: Callable[[], TensorDictBase]  # not copied, outside any graph
+
+
+def is_loss(model: nn.Module) -> bool:
+    """Whether ``model`` keeps its networks as TorchRL's losses do."""
+    return hasattr(model, "convert_to_functional")
+
+
+def networks(model: nn.Module) -> dict[str, Network]:
+    """Return every network of ``model`` by name; a model that is no loss is one network with the empty name.
+
+    Members of an ensemble are ``qvalue_network.0``, ``.1``, …; targets with weights of their own are named as the loss
+    names their parameters, ``target_qvalue_network.0``.
+
+    Raises:
+        NetworkError: a loss in which no network was found.
+    """
+    if not is_loss(model):
+        return {"": Network("", model, lambda: TensorDict.from_module(model).data)}
+    found: dict[str, Network] = {}
+    for name, module in _candidates(model).items():
+        if getattr(model, f"{name}_params", None) is None:
+            found[name] = Network(name, module, lambda m=module: TensorDict.from_module(m).data)
+            continue
+        found |= _members(model, module, name, f"{name}_params")
+        if f"target_{name}_params" in model._modules:
+            found |= _members(model, module, f"target_{name}", f"target_{name}_params")
+    if not found:
+        raise NetworkError(
+            f"{type(model).__name__} holds no network to observe; observe the module it trains instead: "
+            "observer.step(module, batch, step=...)"
+        )
+    return found
+
+
+def _candidates(loss: nn.Module) -> dict[str, nn.Module]:
+    functional = {k: v for k, v in vars(loss).items() if isinstance(v, nn.Module)}
+    registered = {k: v for k, v in loss._modules.items() if v is not None}
+    return {k: v for k, v in (functional | registered).items() if hasattr(loss, f"{k}_params")}
+
+
+def _members(loss: nn.Module, module: nn.Module, name: str, params: str) -> dict[str, Network]:
+    shape = getattr(loss, params).batch_size
+    if not shape:
+        return {name: Network(name, module, lambda: getattr(loss, params).data)}
+    return {
+        f"{name}.{i}": Network(f"{name}.{i}", module, lambda i=i: getattr(loss, params).data[i])
+        for i in range(shape[0])
+    }

@@ -1,0 +1,80 @@
+"""What a measurement may touch: private copies of a loss's networks, or a live module under a guard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+from tensordict.nn import InteractionType, set_interaction_type
+from torch import nn
+
+from tdhook_train.errors import NetworkError
+from tdhook_train.isolation.in_place import in_place, keep_rng
+from tdhook_train.isolation.networks import is_loss, networks
+from tdhook_train.isolation.shadow import Shadow
+
+__all__ = ["LiveView", "ShadowView", "View", "isolated"]
+
+
+class View(Protocol):
+    """Modules that may be run, hooked and edited while :meth:`open` lasts."""
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The modules by network name."""
+
+    def open(self, seed: int) -> object:
+        """A context in which the modules hold the present weights and nothing done to them is seen outside."""
+
+
+class ShadowView:
+    """Private copies of a loss's networks, given the live weights each time they are opened."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        self._shadows = {name: Shadow(network) for name, network in networks(loss).items()}
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The private copies by network name."""
+        return {name: shadow.module for name, shadow in self._shadows.items()}
+
+    @contextmanager
+    def open(self, seed: int) -> Iterator[None]:
+        """Give the copies the present weights; policies act by their mode, and draws follow from ``seed``."""
+        with keep_rng(self.modules.values(), seed), _deterministic():
+            for shadow in self._shadows.values():
+                shadow.refresh()
+            yield
+
+
+class LiveView:
+    """A live module, measured in place under a guard, for modules that may not be copied."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The live module, under the empty name."""
+        return {"": self._model}
+
+    @contextmanager
+    def open(self, seed: int) -> Iterator[None]:
+        """Evaluation mode, nothing kept: flags, buffers, gradients and random states return to what they were."""
+        with in_place(self._model, seed), _deterministic():
+            yield
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    with set_interaction_type(InteractionType.DETERMINISTIC):
+        yield
+
+
+def isolated(model: nn.Module) -> ShadowView | LiveView:
+    """Choose the isolation that fits: shadows for a TorchRL loss, a guard for any other module."""
+    if not isinstance(model, nn.Module):
+        raise NetworkError(f"expected a torch module or a TorchRL loss to observe, got {type(model).__name__}")
+    return ShadowView(model) if is_loss(model) else LiveView(model)
+
