@@ -1,0 +1,7 @@
+"""When to measure: clocks, triggers and a budget."""
+
+from tdhook_train.schedule.budget import Budget
+from tdhook_train.schedule.clock import Clock, Times
+from tdhook_train.schedule.triggers import At, Every, Geometric, Trigger, When
+
+__all__ = ["At", "Budget", "Clock", "Every", "Geometric", "Times", "Trigger", "When"]

@@ -1,0 +1,53 @@
+"""How far a training is, on every scale at once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+
+__all__ = ["Clock", "Times"]
+
+
+@dataclass(frozen=True)
+class Times:
+    """A moment of a training."""
+
+    step: int = 0  # optimizer steps behind the weights
+    frames: int = 0  # environment frames collected
+    epoch: int = 0
+    batches: int = 0  # batches seen by the observer
+    seconds: float = 0.0  # wall time since the observer began
+
+
+@dataclass
+class Clock:
+    """The present moment and the one at which triggers were last asked, so that they can fire on crossing.
+
+    Set ``frames`` and ``epoch`` from the training loop: ``observer.clock.frames = collected``.
+    """
+
+    step: int = 0
+    frames: int = 0
+    epoch: int = 0
+    batches: int = 0
+    seconds: float = 0.0
+    before: Times | None = field(default=None)  # None until triggers were asked for the first time
+
+    @property
+    def now(self) -> Times:
+        """The present moment, frozen."""
+        return Times(self.step, self.frames, self.epoch, self.batches, self.seconds)
+
+    def asked(self) -> None:
+        """Remember the present moment as the last at which triggers were asked."""
+        self.before = self.now
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain numbers, for a checkpoint."""
+        return asdict(self.now)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from a checkpoint: boundaries crossed before it do not fire again."""
+        moment = replace(Times(), **state)
+        for name, value in asdict(moment).items():
+            setattr(self, name, value)
+        self.before = moment

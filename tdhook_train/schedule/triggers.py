@@ -1,0 +1,177 @@
+"""When to measure. Triggers fire on *crossing* a boundary, since clocks may advance by more than one."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from tdhook_train.errors import SettingsError, did_you_mean
+from tdhook_train.schedule.clock import Clock, Times
+
+__all__ = ["At", "Every", "Geometric", "Trigger", "When"]
+
+Scale = Literal["optim_steps", "batches", "epochs", "frames", "seconds"]
+_FIELD = {"optim_steps": "step", "batches": "batches", "epochs": "epoch", "frames": "frames", "seconds": "seconds"}
+
+
+def _reading(times: Times | None, scale: str) -> float:
+    return -1 if times is None else getattr(times, _FIELD[scale])
+
+
+class Trigger(ABC):
+    """Something that is due or not at a moment; joined by ``|`` and ``&``."""
+
+    @abstractmethod
+    def due(self, clock: Clock) -> bool:
+        """Whether a boundary lies after ``clock.before`` and not after now."""
+
+    def __or__(self, other: Trigger) -> Trigger:
+        """Due when either is."""
+        return _Any(self, other)
+
+    def __and__(self, other: Trigger) -> Trigger:
+        """Due when both are."""
+        return _All(self, other)
+
+
+@dataclass(frozen=True)
+class _Any(Trigger):
+    left: Trigger
+    right: Trigger
+
+    def due(self, clock: Clock) -> bool:
+        return self.left.due(clock) or self.right.due(clock)
+
+
+@dataclass(frozen=True)
+class _All(Trigger):
+    left: Trigger
+    right: Trigger
+
+    def due(self, clock: Clock) -> bool:
+        return self.left.due(clock) and self.right.due(clock)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Every(Trigger):
+    """Due at n, 2n, … of one scale, never at 0.
+
+    Args:
+        optim_steps: optimizer steps, or
+        batches: batches seen, or
+        epochs: epochs, or
+        frames: environment frames, or
+        seconds: wall time; not the same steps after a resume.
+        fraction: instead of a number, a share of ``total_frames`` or ``total_steps``.
+        total_frames: the length of the training in frames.
+        total_steps: the length of the training in optimizer steps.
+    """
+
+    optim_steps: int | None = None
+    batches: int | None = None
+    epochs: int | None = None
+    frames: int | None = None
+    seconds: float | None = None
+    fraction: float | None = None
+    total_frames: int | None = None
+    total_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in _FIELD if getattr(self, name) is not None]
+        totals = [name for name in ("total_frames", "total_steps") if getattr(self, name) is not None]
+        if len(given) + (self.fraction is not None) != 1:
+            raise SettingsError(f"Every takes exactly one of {', '.join(_FIELD)} or fraction, got {given or 'none'}")
+        if (self.fraction is not None) != (len(totals) == 1):
+            raise SettingsError("Every(fraction=...) needs one of total_frames=... and total_steps=..., and only it")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise SettingsError(f"Every(fraction=...) is a share of the training in (0, 1], got {self.fraction}")
+        if not self.period > 0:
+            raise SettingsError(f"Every needs a positive period, got {self.period}")
+
+    @property
+    def scale(self) -> str:
+        """The scale that is counted."""
+        if self.fraction is not None:
+            return "frames" if self.total_frames is not None else "optim_steps"
+        return next(name for name in _FIELD if getattr(self, name) is not None)
+
+    @property
+    def period(self) -> float:
+        """The distance between boundaries, on that scale."""
+        if self.fraction is not None:
+            return self.fraction * float(self.total_frames or self.total_steps or 0)
+        return float(getattr(self, self.scale))
+
+    def due(self, clock: Clock) -> bool:
+        """Whether a multiple of the period was crossed."""
+        # 1e-9 of a period: a fraction of a total is rarely exact in floating point
+        last = max(_reading(clock.before, self.scale), 0)
+        return math.floor(_reading(clock.now, self.scale) / self.period + 1e-9) > math.floor(last / self.period + 1e-9)
+
+
+@dataclass(frozen=True)
+class At(Trigger):
+    """Due at the given steps; 0 is the moment before the first update."""
+
+    steps: tuple[int, ...]
+    of: Scale = "optim_steps"
+
+    def __init__(self, *steps: int, of: Scale = "optim_steps") -> None:
+        if not steps or any(step < 0 for step in steps):
+            raise SettingsError(f"At needs steps of 0 or more, got {steps}")
+        _check_scale(of)
+        object.__setattr__(self, "steps", tuple(sorted(steps)))
+        object.__setattr__(self, "of", of)
+
+    def due(self, clock: Clock) -> bool:
+        """Whether one of the steps was crossed."""
+        before, now = _reading(clock.before, self.of), _reading(clock.now, self.of)
+        return any(before < step <= now for step in self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometric(Trigger):
+    """Due at up to ``n`` steps spaced evenly in log-step, from ``first`` to ``last``; whole steps, each once."""
+
+    first: int = 1
+    last: int
+    n: int = 64
+    of: Scale = "optim_steps"
+
+    def __post_init__(self) -> None:
+        _check_scale(self.of)
+        if not 0 < self.first <= self.last or self.n < 1:
+            raise SettingsError(f"Geometric needs 0 < first <= last and n >= 1, got {self.first}, {self.last}, {self.n}")
+
+    @cached_property
+    def steps(self) -> tuple[int, ...]:
+        """The steps at which it is due."""
+        if self.n == 1:
+            return (self.first,)
+        ratio = self.last / self.first
+        return tuple(sorted({round(self.first * ratio ** (i / (self.n - 1))) for i in range(self.n)}))
+
+    def due(self, clock: Clock) -> bool:
+        """Whether one of the steps was crossed."""
+        before, now = _reading(clock.before, self.of), _reading(clock.now, self.of)
+        return any(before < step <= now for step in self.steps)
+
+
+@dataclass(frozen=True)
+class When(Trigger):
+    """Due when a function of the clock says so."""
+
+    fn: Callable[[Clock], bool]
+
+    def due(self, clock: Clock) -> bool:
+        """Ask the function."""
+        return bool(self.fn(clock))
+
+
+def _check_scale(scale: str) -> None:
+    if scale not in _FIELD:
+        raise SettingsError(f"of={scale!r} is no scale of a training{did_you_mean(scale, _FIELD)}")
