@@ -1,0 +1,1 @@
+"""Pure tensor functions: folds and shifts, ridge regression by statistics, quadrature, fingerprints."""

@@ -1,0 +1,100 @@
+"""What is explained, differentiated or predicted: one number a row, from a batch of values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from tdhook_train.errors import KeyMissingError, SettingsError, TargetError, did_you_mean
+
+__all__ = ["Target", "columns", "given_by", "label_of", "named", "read", "split_key"]
+
+Target = Any  # a key, a key with feature indices, or a function of the TensorDict
+
+_MAX_COLUMNS = 64
+
+
+def split_key(key: Target) -> tuple[str | tuple[str, ...], tuple[int, ...]]:
+    """Split ``("observation", 5)`` into a TensorDict key and feature indices."""
+    if isinstance(key, str):
+        return key, ()
+    names = tuple(part for part in key if isinstance(part, str))
+    features = tuple(part for part in key if isinstance(part, int))
+    if not names or names + features != tuple(key):
+        raise SettingsError(f"{key!r} is no key: names first, then feature indices, e.g. ('observation', 5)")
+    return (names[0] if len(names) == 1 else names), features
+
+
+def label_of(target: Target) -> str:
+    """Name a target for axes and tables."""
+    if callable(target):
+        return getattr(target, "__name__", type(target).__name__)
+    key, features = split_key(target)
+    name = key if isinstance(key, str) else ".".join(key)
+    return ".".join([name, *map(str, features)])
+
+
+def read(td: TensorDictBase, target: Target, *, where: str = "batch") -> Tensor:
+    """Return the values of a target for every row.
+
+    Raises:
+        KeyMissingError: the key is absent; names the nearest ones.
+        TargetError: the feature index does not exist, or a function gave no tensor.
+    """
+    if callable(target):
+        value = target(td)
+        if not isinstance(value, Tensor):
+            raise TargetError(f"target function {label_of(target)} gave {type(value).__name__}, not a tensor")
+        return value
+    key, features = split_key(target)
+    if key not in td.keys(include_nested=True):
+        known = [k if isinstance(k, str) else ".".join(k) for k in td.keys(include_nested=True, leaves_only=True)]
+        name = key if isinstance(key, str) else ".".join(key)
+        raise KeyMissingError(f"target {name!r} is not in the {where}{did_you_mean(name, known)}")
+    value = td.get(key)
+    try:
+        return value[(..., *features)] if features else value
+    except IndexError as error:
+        raise TargetError(f"target {label_of(target)!r}: {key!r} has shape {tuple(value.shape)}") from error
+
+
+def named(target: Target | Sequence[Target] | Mapping[str, Target]) -> dict[str, Target]:
+    """Bring one target, a list of them or a mapping of names to one form."""
+    if isinstance(target, Mapping):
+        return dict(target)
+    many = list(target) if isinstance(target, list) else [target]
+    out = {label_of(item): item for item in many}
+    if len(out) < len(many):
+        raise SettingsError(f"two targets share the name of one of {[label_of(item) for item in many]}; name them")
+    return out
+
+
+def columns(td: TensorDictBase, targets: Mapping[str, Target], rows: int) -> dict[str, Tensor]:
+    """Read targets as one column ``[rows]`` each; a target of several features becomes ``name.0``, ``name.1``, …"""
+    out: dict[str, Tensor] = {}
+    for name, target in targets.items():
+        value = read(td, target)
+        if value.shape[:1] != (rows,):
+            raise TargetError(f"target {name!r} has {tuple(value.shape)}; its first dimension must be the {rows} rows")
+        flat = value.reshape(rows, -1)
+        if flat.shape[1] > _MAX_COLUMNS:
+            raise TargetError(f"target {name!r} has {flat.shape[1]} features; name those wanted: ({name!r}, 0), …")
+        out |= {name: flat[:, 0]} if flat.shape[1] == 1 else {f"{name}.{i}": c for i, c in enumerate(flat.unbind(1))}
+    return out
+
+
+def given_by(targets: Mapping[str, Target], out_keys: Sequence[NestedKey]) -> dict[str, Target]:
+    """Keep the targets that one network gives out; functions always stay."""
+    known = {(key,) if isinstance(key, str) else tuple(key) for key in out_keys}
+
+    def given(target: Target) -> bool:
+        if callable(target):
+            return True
+        key = split_key(target)[0]
+        path = (key,) if isinstance(key, str) else key
+        return any(path[: len(name)] == name for name in known)
+
+    return {name: target for name, target in targets.items() if given(target)}

@@ -1,0 +1,37 @@
+"""Activations as rows × units, whatever the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_rows", "evenly_spaced", "padded"]
+
+
+def as_rows(value: Tensor) -> Tensor:
+    """Bring an activation to ``[rows, units]``.
+
+    Units are the last dimension, and the channels of an image activation ``[batch, channel, height, width]``; every
+    other position counts as a row.
+    """
+    if value.ndim == 4:
+        value = value.movedim(1, -1)
+    return value.reshape(-1, 1) if value.ndim <= 1 else value.reshape(-1, value.shape[-1])
+
+
+def padded(values: Sequence[Tensor], fill: float = torch.nan) -> Tensor:
+    """Stack tensors that differ in their first dimension, filling the short ones at the end."""
+    longest = max(len(value) for value in values)
+    out = values[0].new_full((len(values), longest, *values[0].shape[1:]), fill)
+    for i, value in enumerate(values):
+        out[i, : len(value)] = value
+    return out
+
+
+def evenly_spaced(n: int, wanted: int | None) -> Tensor:
+    """Return the indices of at most ``wanted`` rows spread evenly over ``n``."""
+    if wanted is None or wanted >= n:
+        return torch.arange(n)
+    return torch.arange(wanted) * n // wanted
