@@ -1,0 +1,68 @@
+"""Units that no longer respond to their input at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from tdhook_train.errors import SettingsError
+from tdhook_train.hooks import HookedModel
+from tdhook_train.method import Method, Seen
+from tdhook_train.ops.units import as_rows, padded
+
+__all__ = ["DeadUnits"]
+
+_SATURATING = (nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid)
+
+
+@dataclass(frozen=True)
+class DeadUnits(Method):
+    """Which units of a layer give out the same whatever comes in.
+
+    A unit of a saturating activation (tanh, sigmoid, …) is dead when its standard deviation over the batch is below
+    ``min_std``; any other unit is dead when it is zero on every row. Costs no pass of its own.
+
+    Args:
+        layers: paths or patterns.
+        min_std: in units of the activation.
+
+    Writes:
+        ``dead`` [layer]: share of the layer's units. ``dead_unit`` [layer, unit]: 1 or 0, NaN beyond the width.
+        ``width`` [layer]: number of units.
+
+    Source: Lyle et al. 2023, arXiv:2303.01486 (dead and saturated units).
+    """
+
+    layers: str | tuple[str, ...] = "**"
+    min_std: float = 1e-3
+
+    writes: ClassVar[Mapping[str, str]] = {"dead": "layer", "dead_unit": "layer unit", "width": "layer"}
+
+    def __post_init__(self) -> None:
+        if self.min_std < 0:
+            raise SettingsError(f"DeadUnits needs min_std of 0 or more, got {self.min_std}")
+
+    def taps(self, model: HookedModel) -> Sequence[str]:
+        """The layers."""
+        return model.sites(self.layers)
+
+    def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
+        """Judge every unit."""
+        dead = [self._dead(seen.values[site], model.module_of(site)).float() for site in self.taps(model)]
+        values = {
+            "dead": torch.stack([units.mean() for units in dead]),
+            "dead_unit": padded(dead),
+            "width": torch.tensor([len(units) for units in dead]),
+        }
+        return TensorDict(values, batch_size=[])
+
+    def _dead(self, value: Tensor, module: nn.Module) -> Tensor:
+        rows = as_rows(value)
+        if isinstance(module, _SATURATING):
+            return rows.std(0, correction=0) < self.min_std
+        return (rows == 0).all(0)

@@ -1,0 +1,61 @@
+"""Units that have fallen asleep: active far less than their neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from tdhook_train.errors import SettingsError
+from tdhook_train.hooks import HookedModel
+from tdhook_train.method import Method, Seen
+from tdhook_train.ops.join import Labels
+from tdhook_train.ops.units import as_rows, padded
+
+__all__ = ["DormantUnits"]
+
+
+@dataclass(frozen=True)
+class DormantUnits(Method):
+    """Which units of a layer are dormant: mean absolute activation at most τ of the layer's average.
+
+    ``s_i = E|h_i| / mean_k E|h_k|``; unit i is τ-dormant when ``s_i <= τ``. A saturated tanh unit is *not* dormant by
+    this rule: see :class:`~tdhook_train.health.DeadUnits`. Costs no pass of its own.
+
+    Args:
+        layers: paths or patterns.
+        taus: thresholds.
+
+    Writes:
+        ``dormant`` [layer, tau]: share of the layer's units. ``dormancy`` [layer, unit]: the score s, NaN beyond the
+        layer's width; 0 everywhere in a layer that is all zero.
+
+    Source: Sokar et al. 2023, arXiv:2302.12902, definition 3.1.
+    """
+
+    layers: str | tuple[str, ...] = "**"
+    taus: tuple[float, ...] = (0.0, 0.025, 0.1)
+
+    writes: ClassVar[Mapping[str, str]] = {"dormant": "layer tau", "dormancy": "layer unit"}
+
+    def __post_init__(self) -> None:
+        if not self.taus or min(self.taus) < 0:
+            raise SettingsError(f"DormantUnits needs thresholds of 0 or more, got taus={self.taus}")
+
+    def taps(self, model: HookedModel) -> Sequence[str]:
+        """The layers."""
+        return model.sites(self.layers)
+
+    def labels(self, seen: Seen, model: HookedModel) -> Labels:
+        """Layers and thresholds."""
+        return super().labels(seen, model) | {"tau": list(self.taus)}
+
+    def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
+        """Score every unit."""
+        activity = [as_rows(seen.values[site]).abs().mean(0) for site in self.taps(model)]
+        scores = [a / a.mean() if a.any() else torch.zeros_like(a) for a in activity]
+        shares = [torch.stack([(score <= tau).float().mean() for tau in self.taus]) for score in scores]
+        return TensorDict({"dormant": torch.stack(shares), "dormancy": padded(scores)}, batch_size=[])

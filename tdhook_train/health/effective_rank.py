@@ -1,0 +1,76 @@
+"""How many directions a layer's representation really uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from tdhook_train.hooks import HookedModel
+from tdhook_train.method import Method, Seen
+from tdhook_train.ops.units import as_rows
+
+__all__ = ["EffectiveRank"]
+
+
+@dataclass(frozen=True)
+class EffectiveRank(Method):
+    """How many directions of a layer's activations carry its spread: exp of the entropy of its singular values.
+
+    ``exp(-Σ p log p)`` with ``p = σ / Σσ``, σ the singular values of the matrix rows × units. Orthonormal columns give
+    the width, rank one gives 1, an all-zero layer is defined as 0. Costs no pass of its own; the singular values come
+    from the Gram matrix in float64, which loses those below 1e-8 of the largest, and with them less than 1e-6 of the
+    entropy.
+
+    Args:
+        layers: paths or patterns.
+
+    Writes:
+        ``effective_rank`` [layer]: of the activations as they are. ``effective_rank_centred`` [layer]: of the
+        activations less their mean, which a large common offset does not hide.
+
+    Source: Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality".
+    """
+
+    layers: str | tuple[str, ...] = "**"
+
+    writes: ClassVar[Mapping[str, str]] = {"effective_rank": "layer", "effective_rank_centred": "layer"}
+
+    def taps(self, model: HookedModel) -> Sequence[str]:
+        """The layers."""
+        return model.sites(self.layers)
+
+    def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
+        """Take the entropy of the singular values of every layer, layers of one width together."""
+        values = [as_rows(seen.values[site]) for site in self.taps(model)]
+        raw, centred = torch.empty(len(values), dtype=torch.float64), torch.empty(len(values), dtype=torch.float64)
+        shapes = {tuple(value.shape) for value in values}
+        for shape in shapes:
+            index = [i for i, value in enumerate(values) if value.shape == shape]
+            batch = torch.stack([values[i] for i in index]).double()
+            mean = batch.mean(1, keepdim=True)
+            spread = _gram(batch - mean)
+            centred[index] = _effective_rank(spread).cpu()
+            raw[index] = _effective_rank(spread + len(batch[0]) * mean.mT @ mean).cpu()
+        return TensorDict({"effective_rank": raw, "effective_rank_centred": centred}, batch_size=[])
+
+
+def _gram(rows: Tensor) -> Tensor:
+    return rows.mT @ rows
+
+
+def _effective_rank(gram: Tensor) -> Tensor:
+    """exp H(σ / Σσ) from XᵀX, one number a matrix."""
+    finite = gram.isfinite().all(-1).all(-1)
+    values = torch.linalg.eigvalsh(torch.where(finite[:, None, None], gram, 0.0))
+    floor = values.amax(-1, keepdim=True).clamp_min(0) * 1e-15  # below: rounding of the decomposition
+    sigma = torch.where(values > floor, values, 0.0).sqrt()
+    total = sigma.sum(-1, keepdim=True)
+    p = sigma / torch.where(total > 0, total, 1.0)
+    rank = torch.special.entr(p).sum(-1).exp()
+    rank = torch.where(total[..., 0] > 0, rank, 0.0)
+    return torch.where(finite, rank, torch.nan)

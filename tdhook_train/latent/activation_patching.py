@@ -1,0 +1,182 @@
+"""What each layer and each unit carries: its activation replaced by its value in another state, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from tdhook_train.errors import SettingsError
+from tdhook_train.hooks import HookedModel
+from tdhook_train.hooks.versions import run_versions
+from tdhook_train.method import Method, Seen, look
+from tdhook_train.ops.join import Labels
+from tdhook_train.ops.targets import columns, given_by, named
+from tdhook_train.ops.units import evenly_spaced, padded
+
+__all__ = ["ActivationPatching"]
+
+_ROWS_PER_PASS = 8192  # patched rows at a time: caps memory on wide layers
+_ELEMENTWISE = (
+    nn.Tanh, nn.ReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid,
+    nn.LeakyReLU, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Tanhshrink, nn.Identity,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ActivationPatching(Method):
+    """How much an output changes when a layer, or one unit of it, takes the value it has in a paired state.
+
+    Exact: for every patch the rest of the network is run. All patches of a layer go through the layers after it in
+    one batch; one forward pass a layer, from that layer on where the network allows it, and none for a layer whose
+    only reader is an elementwise activation (replacing a unit before or after it is the same).
+
+    Args:
+        layers: paths or patterns of the layers to patch.
+        targets: the metrics: an output key, a key with a feature index, a function of the outputs that gives one
+            number a row, a list or a mapping of names to these. By default every feature of the first output.
+        pairs: number of paired states. Rows spread evenly over the batch are each paired with the row half the batch
+            further on; sources given as ``("source", key)`` in the batch are used instead, row by row.
+
+    Writes:
+        ``effect`` [layer, target] and ``unit_effect`` [layer, unit, target]: mean over pairs of
+        ``|M(do h = h') - M(base)|``, in units of the target. ``gap`` [layer, target]: mean ``|M(source) - M(base)|``.
+        ``normalised``, ``unit_normalised``: the part of the gap that the patch closes, ``Σ s·(M(do) - M(base)) / Σ|gap|``
+        with s the sign of each pair's gap: 1 where the patch gives the source's output, 0 where it does nothing.
+        Units that a layer does not have are NaN, as is everything where all gaps are 0.
+
+    Source: Vig et al. 2020, arXiv:2004.12265; Zhang and Nanda 2024, arXiv:2309.16042.
+    """
+
+    layers: str | tuple[str, ...] = "**"
+    targets: Any = None
+    pairs: int = 64
+
+    writes: ClassVar[Mapping[str, str]] = {
+        "effect": "layer target",
+        "normalised": "layer target",
+        "gap": "layer target",
+        "unit_effect": "layer unit target",
+        "unit_normalised": "layer unit target",
+    }
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if self.pairs < 2:
+            raise SettingsError(f"ActivationPatching needs at least 2 pairs, got pairs={self.pairs}")
+        if self.targets is not None:
+            named(self.targets)
+
+    def concerns(self, model: HookedModel) -> bool:
+        """A network that gives out one of the targets."""
+        given = self.targets is None or bool(given_by(named(self.targets), model.out_keys))
+        return given and super().concerns(model)
+
+    def labels(self, seen: Seen, model: HookedModel) -> Labels:
+        """The layers and the metrics."""
+        sites = model.sites(self.layers)
+        kinds = {str(row.site): row.kind for row in model.traced}
+        targets = columns(seen.batch, self._mine(model), len(seen.batch))
+        return {"layer": list(sites), "layer_type": [kinds[site] for site in sites], "target": list(targets)}
+
+    def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
+        """Patch every layer and every unit of one network."""
+        base, source = self._pair(seen, model)
+        sites = model.sites(self.layers)
+        values, outputs = look(model, torch.cat([base, source]), sites)
+        metrics = self._metrics(outputs, model)
+        twins = _same_patch(model, sites)
+        done: dict[str, Tensor] = {}
+        for site in reversed(sites):
+            twin = twins.get(site)
+            before, after = values[site].chunk(2)
+            expected = outputs[: len(base)]
+            done[site] = done[twin] if twin else self._patched(model, base, site, (before, after), expected)
+        return _summary([done[site] for site in sites], *metrics.chunk(2))
+
+    def _mine(self, model: HookedModel) -> dict[str, Any]:
+        return given_by(named(model.out_keys[0] if self.targets is None else self.targets), model.out_keys)
+
+    def _metrics(self, outputs: TensorDictBase, model: HookedModel) -> Tensor:
+        return torch.stack(list(columns(outputs, self._mine(model), len(outputs)).values()), 1).detach()
+
+    def _patched(
+        self, model: HookedModel, base: TensorDict, site: str, values: tuple[Tensor, Tensor], expected: TensorDictBase
+    ) -> Tensor:
+        """Return the metrics with the whole layer patched, then with each unit: ``[1 + unit, pair, target]``."""
+        before, after = values
+        pairs, axis = len(before), _unit_axis(before)
+        units = before.shape[axis] if before.ndim > 1 else 0
+        found = []
+        for chunk in torch.arange(units + 1).split(max(1, _ROWS_PER_PASS // pairs)):
+            versions = before.expand(len(chunk) + 1, *before.shape).clone()  # the first stays unchanged
+            for version, which in enumerate(chunk.tolist(), start=1):
+                if which == 0:
+                    versions[version] = after
+                else:
+                    versions[version].select(axis, which - 1).copy_(after.select(axis, which - 1))
+            metrics = self._metrics(run_versions(model, base, site, versions, expected), model)
+            found.append(metrics.unflatten(0, (len(chunk) + 1, pairs))[1:])
+        return torch.cat(found)
+
+    def _pair(self, seen: Seen, model: HookedModel) -> tuple[TensorDict, TensorDict]:
+        """Return base and source inputs, row by row."""
+        inputs = {key: seen.batch.get(key) for key in model.in_keys}
+        prefixed = {key: ("source", *((key,) if isinstance(key, str) else key)) for key in inputs}
+        given = {key: seen.batch.get(prefixed[key], None) for key in inputs}
+        rows = len(seen.batch)
+        if any(value is not None for value in given.values()):
+            index = evenly_spaced(rows, self.pairs)
+            sources = {k: (inputs[k] if v is None else v)[index] for k, v in given.items()}
+        else:
+            index = evenly_spaced(rows, min(self.pairs, rows - rows % 2))
+            sources = {key: value[index.roll(len(index) // 2)] for key, value in inputs.items()}
+        bases = {key: value[index] for key, value in inputs.items()}
+        return TensorDict(bases, batch_size=[len(index)]), TensorDict(sources, batch_size=[len(index)])
+
+
+def _unit_axis(value: Tensor) -> int:
+    return 1 if value.ndim == 4 else value.ndim - 1  # the channels of an image activation
+
+
+def _same_patch(model: HookedModel, sites: Sequence[str]) -> dict[str, str]:
+    """Map each site whose only reader is an elementwise activation to that activation's site.
+
+    Known where the two are neighbours in an ``nn.Sequential`` and the very tensor went from one to the other.
+    """
+    modules = dict(model.module.named_modules())
+    twins: dict[str, str] = {}
+    for row in model.traced:
+        site, before = str(row.site), row.previous
+        if before is None or before not in sites or site not in sites or ":" in before:
+            continue
+        parent, _, place = row.site.module.rpartition(".")
+        follows = before.rpartition(".")[0] == parent and _next(before.rpartition(".")[2]) == place
+        if follows and isinstance(modules[parent], nn.Sequential) and isinstance(modules[site], _ELEMENTWISE):
+            twins[before] = site
+    return twins
+
+
+def _next(place: str) -> str | None:
+    return str(int(place) + 1) if place.isdigit() else None
+
+
+def _summary(patched: Sequence[Tensor], base: Tensor, source: Tensor) -> TensorDict:
+    """Average over pairs; ``patched`` holds ``[1 + unit, pair, target]`` a layer, the others ``[pair, target]``."""
+    gap = source - base
+    size = gap.abs().sum(0)
+    effects = padded([(value - base).abs().mean(1) for value in patched])  # [layer, 1 + unit, target]
+    closed = padded([((value - base) * gap.sign()).sum(1) / size for value in patched])
+    values = {
+        "effect": effects[:, 0],
+        "unit_effect": effects[:, 1:],
+        "normalised": closed[:, 0],
+        "unit_normalised": closed[:, 1:],
+        "gap": (size / len(gap)).expand(len(patched), -1).clone(),
+    }
+    return TensorDict(values, batch_size=[])

@@ -1,0 +1,254 @@
+"""How much of a quantity a linear read-out of each layer recovers, with what a score must be held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdhook_train.errors import GroupsError, SettingsError
+from tdhook_train.hooks import HookedModel
+from tdhook_train.method import Method, Part, Parts, Seen, look
+from tdhook_train.ops.folds import circular_shifts, fold_of, in_blocks
+from tdhook_train.ops.join import Labels, Measured
+from tdhook_train.ops.ridge import RidgeDesign
+from tdhook_train.ops.targets import columns, named
+
+__all__ = ["RidgeProbe"]
+
+_MAX_WIDTH = 4096  # the statistics of a block take width² numbers a fold
+
+
+@dataclass(frozen=True)
+class RidgeProbe(Method):
+    """How much of each target a linear read-out of each layer recovers: cross-validated R² of ridge regression.
+
+    All layers are solved together, exactly, from sufficient statistics in float64. A score says nothing alone: beside
+    it stand the same probe on the raw input, the same probe on the network at initialisation, and a null from
+    circular shifts within trajectories.
+
+    Costs no pass of its own (the shared one; another on the initial network, once a probe set).
+
+    Args:
+        layers: paths or patterns; ``"**"`` is every leaf module, before and after activations alike.
+        target: what is predicted: a key of the batch, a key with a feature index (``("observation", 5)``), a function
+            of the batch, a list of these, or a mapping of names to these. Outputs of the networks stand in the batch
+            too: ``"state_value"`` is the present value estimate.
+        folds: number of folds; each trajectory lies in one. Fewer trajectories than folds: leave one out. Without
+            trajectories rows count as independent.
+        alphas: penalties; the score is the best over them, for the data and for every shift alike.
+        shifts: circular shifts behind the null; 39 give a one-sided test at 5 % (the null is the 38th of 39).
+
+    Writes:
+        ``r2`` [layer, target]: R², mean over folds, best penalty. ``r2_pooled``: R² of all held-out rows together, at
+        that penalty. ``r2_path`` [layer, target, alpha]. ``alpha``: the best penalty. ``r2_observation``,
+        ``r2_initial``, ``r2_null``: the baselines and the null, in the shape of ``r2``. ``p``: share of shifts that
+        score at least as much, itself counted. ``reason``, ``null_reason``: why a NaN (see ``legend``).
+
+    Source: Alain and Bengio 2016, arXiv:1610.01644; splits and null as in the project's notes on probes.
+    """
+
+    layers: str | tuple[str, ...] = "**"
+    target: Any = "output"
+    folds: int = 5
+    alphas: tuple[float, ...] = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)
+    shifts: int = 39
+
+    writes: ClassVar[Mapping[str, str]] = {
+        "r2_path": "layer target alpha",
+        **dict.fromkeys(
+            ("r2", "r2_pooled", "alpha", "r2_observation", "r2_initial", "r2_null", "p", "reason", "null_reason"),
+            "layer target",
+        ),
+    }
+    legend: ClassVar[Mapping[str, Mapping[int, str]]] = {
+        "reason": {
+            0: "scored",
+            1: "the target is constant",
+            2: "the target is constant within every fold",
+            3: "the target is not finite",
+            4: "the activations are not finite",
+        },
+        "null_reason": {
+            0: "scored",
+            1: "the score itself is NaN",
+            2: "rows are not whole trajectories in time order",
+            3: "no shifts were asked for",
+        },
+    }
+
+    by_trajectory: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "alphas", tuple(float(alpha) for alpha in self.alphas))
+        if self.folds < 2:
+            raise SettingsError(f"RidgeProbe needs at least 2 folds, got folds={self.folds}")
+        if not self.alphas or min(self.alphas) <= 0:
+            raise SettingsError(f"RidgeProbe needs positive penalties, got alphas={self.alphas}")
+        if self.shifts < 0:
+            raise SettingsError(f"RidgeProbe needs 0 or more shifts, got shifts={self.shifts}")
+        named(self.target)
+
+    def taps(self, model: HookedModel) -> Sequence[str]:
+        """The layers."""
+        return model.sites(self.layers)
+
+    def labels(self, seen: Seen, model: HookedModel) -> Labels:
+        """Layers, targets and penalties."""
+        rows = len(next(iter(seen.values.values())))
+        targets = columns(seen.batch, named(self.target), rows)
+        return super().labels(seen, model) | {"target": list(targets), "alpha": list(self.alphas)}
+
+    def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
+        """Score every layer of one network."""
+        return self._scores({"": Part(seen, model)}).tensordict()
+
+    def across(self, parts: Parts) -> Measured:
+        """Score the layers of all networks together, in one batch."""
+        parts = self.applies_to(parts)
+        scored = self._scores(parts)
+        labels = [self.labels(part.seen, part.model) for part in parts.values()]
+        layers = [f"{name}.{site}" if name else site for name, own in zip(parts, labels, strict=True) for site in own["layer"]]
+        kinds = [kind for own in labels for kind in own["layer_type"]]
+        return replace(scored, labels=labels[0] | {"layer": layers, "layer_type": kinds})
+
+    def _scores(self, parts: Parts) -> Measured:
+        seen = next(iter(parts.values())).seen
+        blocks = [_rows(part.seen.values[site]) for part in parts.values() for site in self.taps(part.model)]
+        rows = len(blocks[0])
+        targets = columns(seen.batch, named(self.target), rows).values()
+        y = torch.stack([column.detach().double() for column in targets], 1).to(blocks[0].device)
+        folds = self._folds(seen, rows)
+        finite = torch.tensor([bool(block.isfinite().all()) for block in blocks])
+        design = _Designs([b if ok else torch.zeros_like(b) for b, ok in zip(blocks, finite, strict=True)], folds, self)
+        reason = _target_reasons(y, folds)[None].repeat(len(blocks), 1)
+        reason[~finite] = 4
+        usable = torch.where(y.isfinite().all(0), y, torch.zeros_like(y))
+        path, pooled_path = design.score(usable)
+        path = torch.where((reason == 0)[..., None], path.cpu(), torch.nan)
+        best = path.nan_to_num(-torch.inf).argmax(-1, keepdim=True)
+        r2 = path.gather(-1, best)[..., 0]
+        pooled = torch.where(reason == 0, pooled_path.cpu().gather(-1, best)[..., 0], torch.nan)
+        null, p, null_reason = self._null(seen, design, usable, r2)
+        values = {
+            "r2": r2,
+            "r2_pooled": pooled,
+            "r2_path": path,
+            "alpha": torch.tensor(self.alphas, dtype=torch.float64)[best[..., 0]],
+            **self._baselines(parts, folds, usable, reason),
+            "r2_null": null,
+            "p": p,
+            "reason": reason,
+            "null_reason": null_reason,
+        }
+        return Measured(dict(values), {key: tuple(self.writes[key].split()) for key in values})
+
+    def _folds(self, seen: Seen, rows: int) -> Tensor:
+        groups = torch.arange(rows) if seen.groups is None else seen.groups.cpu()
+        if len(groups) != rows:
+            raise GroupsError(
+                f"RidgeProbe: {len(groups)} trajectory ids for {rows} rows; a layer must give out one row a sample"
+            )
+        return fold_of(groups, self.folds)
+
+    def _null(self, seen: Seen, design: _Designs, y: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the null score, p and why it is NaN, each ``[layer, target]``."""
+        nan = torch.full_like(r2, torch.nan)
+        reason = r2.isnan().to(torch.int8)
+        if self.shifts == 0:
+            return nan, nan, torch.full_like(reason, 3)
+        if not seen.ordered or seen.groups is None or not in_blocks(seen.groups):
+            return nan, nan, torch.full_like(reason, 2)
+        shifts = circular_shifts(seen.groups.cpu(), self.shifts, seen.generator)
+        scores = design.score_shifted(y, shifts).cpu()
+        null = scores.sort(0).values[max(round(0.95 * (self.shifts + 1)) - 1, 0)]  # the 38th of 39
+        p = (1 + (scores >= r2).sum(0)).double() / (self.shifts + 1)
+        scored = reason == 0
+        return torch.where(scored, null, torch.nan), torch.where(scored, p, torch.nan), reason
+
+    def _baselines(self, parts: Parts, folds: Tensor, y: Tensor, reason: Tensor) -> dict[str, Tensor]:
+        """Score the raw inputs and the initial network, factorised once a probe set."""
+        memo = next(iter(parts.values())).seen.memo
+        if "baselines" not in memo:
+            memo["baselines"] = self._baseline_designs(parts, folds)
+        raw, initial = memo["baselines"]
+        counts = torch.tensor([len(self.taps(part.model)) for part in parts.values()])
+        usable = torch.isin(reason, torch.tensor([0, 4], dtype=torch.int8))
+        out = {"r2_observation": raw.best(y).repeat_interleave(counts, 0)}
+        out["r2_initial"] = initial.best(y) if initial else torch.full_like(out["r2_observation"], torch.nan)
+        return {name: torch.where(usable, score, torch.nan) for name, score in out.items()}
+
+    def _baseline_designs(self, parts: Parts, folds: Tensor) -> tuple[_Designs, _Designs | None]:
+        raw, initial = [], []
+        for part in parts.values():
+            inputs = [part.seen.batch.get(key) for key in part.model.in_keys]
+            raw.append(torch.cat([_rows(v.to(torch.get_default_dtype())) for v in inputs], 1))
+            if part.seen.initial is not None:
+                sites = self.taps(part.model)
+                values, _ = look(part.seen.initial, part.seen.batch, sites)
+                initial += [_rows(values[site]) for site in sites]
+        return _Designs(raw, folds, self), _Designs(initial, folds, self) if initial else None
+
+
+class _Designs:
+    """Designs of many blocks: those of like width padded to one and solved in one batch."""
+
+    def __init__(self, blocks: Sequence[Tensor], folds: Tensor, probe: RidgeProbe) -> None:
+        self._count = len(blocks)
+        batches: dict[int, list[int]] = {}
+        for i, block in enumerate(blocks):
+            if block.shape[1] > _MAX_WIDTH:
+                raise SettingsError(
+                    f"RidgeProbe solves layers of up to {_MAX_WIDTH} units, got one of {block.shape[1]}; "
+                    "name the layers to probe: layers=(...)"
+                )
+            batches.setdefault(max(64, 1 << (block.shape[1] - 1).bit_length()), []).append(i)
+        self._batches = [(index, RidgeDesign([blocks[i] for i in index], folds, probe.alphas)) for index in batches.values()]
+
+    def score(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        scores = [design.score(y) for _, design in self._batches]
+        return self._in_order([s[0] for s in scores], 0), self._in_order([s[1] for s in scores], 0)
+
+    def score_shifted(self, y: Tensor, shifts: Tensor) -> Tensor:
+        return self._in_order([design.score_shifted(y, shifts) for _, design in self._batches], 1)
+
+    def best(self, y: Tensor) -> Tensor:
+        """R² averaged over folds at the best penalty, ``[block, target]``."""
+        return self.score(y)[0].amax(-1).cpu()
+
+    def _in_order(self, parts: Sequence[Tensor], axis: int) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        place = torch.tensor([i for index, _ in self._batches for i in index]).argsort()
+        return torch.cat(list(parts), axis).index_select(axis, place.to(parts[0].device))
+
+
+def _rows(value: Tensor) -> Tensor:
+    return value.reshape(len(value), -1)
+
+
+def _target_reasons(y: Tensor, folds: Tensor) -> Tensor:
+    """Say for each target why it cannot be scored, 0 where it can: ``[target]``."""
+    reasons = torch.zeros(y.shape[1], dtype=torch.int8)
+    for i, column in enumerate(y.cpu().unbind(1)):
+        parts = [column[folds == k] for k in folds.unique()]
+        if not column.isfinite().all():
+            reasons[i] = 3
+        elif _constant(column):
+            reasons[i] = 1
+        elif all(_constant(part) for part in parts):
+            reasons[i] = 2
+    return reasons
+
+
+def _constant(column: Tensor) -> bool:
+    # a spread below rounding is rounding
+    return bool(column.max() - column.min() <= 1e-12 * column.abs().max())
+
+

@@ -1,0 +1,231 @@
+"""The contract of a method: written once, it serves by hand, in TorchRL, in Lightning and over checkpoints."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from tdhook_train.errors import NetworkError, PathError, SettingsError, did_you_mean
+from tdhook_train.hooks import HookedModel
+from tdhook_train.ops.join import Labels, Measured, join
+from tdhook_train.schedule import Times
+
+__all__ = ["Method", "Part", "Parts", "Prepared", "Seen", "look"]
+
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class Seen:
+    """Everything a method may know.
+
+    Args:
+        batch: inputs and outputs. An output stands at its own key, unless some network reads that key; either way it
+            also stands below its network's name where there are several.
+        values: what the sites that the method asked for gave out, by site.
+        groups: trajectory of each row, ``[n]``, or None.
+        ordered: whether the rows of each trajectory lie together and in the order of time.
+        generator: where a method's randomness comes from; seeded by (seed, step).
+        initial: the network at initialisation.
+        previous: this method's last row.
+        clock: the moment of the training.
+        names: labels of the features of a key, e.g. ``{"observation": ["x", "v"]}``.
+        memo: a place for what stays the same between ticks on one probe set; empty by hand. It never changes a
+            result.
+    """
+
+    batch: TensorDictBase
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    groups: Tensor | None = None
+    ordered: bool = False
+    generator: torch.Generator | None = None
+    initial: HookedModel | None = None
+    previous: TensorDictBase | None = None
+    clock: Times | None = None
+    names: Mapping[NestedKey, Sequence[str]] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a measurement: what was seen of it, and the model for methods that need passes of their own."""
+
+    seen: Seen
+    model: HookedModel
+
+    def told(self, **known: Any) -> Part:
+        """Return the part with further fields of :class:`Seen` filled in."""
+        return Part(replace(self.seen, **known), self.model)
+
+
+Parts = Mapping[str, Part]
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Settings of one measurement: frozen, validated when made, picklable; equal settings are equal.
+
+    A subclass is a frozen dataclass that declares what it writes and implements :meth:`measure` for one network.
+
+    Args:
+        networks: of several networks, the ones to measure; all by default.
+    """
+
+    _: KW_ONLY
+    networks: str | tuple[str, ...] | None = None
+
+    writes: ClassVar[Mapping[str, str]] = {}
+    """Dimensions of every artifact by the first name of its key: ``{"attr": "batch *feature"}``."""
+
+    legend: ClassVar[Mapping[str, Mapping[int, str]]] = {}
+    """What the int8 codes of an artifact mean."""
+
+    by_trajectory: ClassVar[bool] = False
+    """Whether a result is wrong unless rows are told apart by trajectory, as in reinforcement learning."""
+
+    def taps(self, model: HookedModel) -> Sequence[str]:
+        """Name the sites this method reads from the shared pass."""
+        return ()
+
+    @abstractmethod
+    def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
+        """Return the artifacts of one network."""
+
+    def labels(self, seen: Seen, model: HookedModel) -> Labels:
+        """Label the dimensions of one network's artifacts; a dimension without labels is numbered."""
+        sites = list(self.taps(model))
+        kinds = {str(row.site): row.kind for row in model.traced} if sites else {}
+        return {"layer": sites, "layer_type": [kinds[site] for site in sites]} if sites else {}
+
+    def dims(self, key: NestedKey, ndim: int) -> tuple[str, ...]:
+        """Name the dimensions of one artifact by :attr:`writes`; a starred name stands for as many as are left."""
+        declared = self.writes.get(key if isinstance(key, str) else key[0])
+        if declared is None:
+            raise SettingsError(f"{type(self).__name__} gave {key!r}, which its `writes` does not name")
+        names = declared.split()
+        for i, name in enumerate(names):
+            if name.startswith("*"):
+                spare = ndim - len(names) + 1
+                many = [name[1:]] if spare == 1 else [f"{name[1:]}_{j}" for j in range(spare)]
+                names = [*names[:i], *many, *names[i + 1 :]]
+                break
+        if len(names) != ndim:
+            raise SettingsError(f"{type(self).__name__} gave {key!r} in {ndim} dimensions, declared as {declared!r}")
+        return tuple(names)
+
+    def concerns(self, model: HookedModel) -> bool:
+        """Whether there is anything to measure on this network: a layer that the method names, where it names any."""
+        layers = getattr(self, "layers", None)
+        return layers is None or bool(model.sites(layers))
+
+    def check(self, models: Mapping[str, HookedModel]) -> None:
+        """Refuse, before anything has run, what can never be measured.
+
+        Raises:
+            PathError: a layer pattern that names no module of any network.
+            NetworkError: ``networks`` names none.
+        """
+        chosen = self._chosen(models)
+        layers = getattr(self, "layers", ())
+        for pattern in (layers,) if isinstance(layers, str) else layers:
+            if not any(model.has(pattern) for model in chosen.values()):
+                known = [f"{name}.{path}" if name else path for name, m in chosen.items() for path in m.modules]
+                titles = " or ".join(model.title for model in chosen.values())
+                raise PathError(f"layers={pattern!r} matches no module of {titles}{did_you_mean(pattern, known)}")
+
+    def across(self, parts: Parts) -> Measured:
+        """Measure several networks and join what they gave: see :func:`tdhook_train.ops.join.join`."""
+        return join({name: self.measured(part) for name, part in self.applies_to(parts).items()})
+
+    def measured(self, part: Part) -> Measured:
+        """Measure one network and name the dimensions of what it gave."""
+        row = self.measure(part.seen, part.model)
+        values = dict(row.items(include_nested=True, leaves_only=True))
+        dims = {key: self.dims(key, value.ndim) for key, value in values.items()}
+        return Measured(values, dims, self.labels(part.seen, part.model))
+
+    def applies_to(self, parts: Parts) -> dict[str, Part]:
+        """Keep the networks that :attr:`networks` names and that the method has something to say about.
+
+        Raises:
+            NetworkError: a name that is no network, or no network is left.
+        """
+        kept = {name: part for name, part in self._chosen(parts).items() if self.concerns(part.model)}
+        if not kept:
+            raise NetworkError(f"{self} has nothing to measure on {', '.join(map(repr, parts))}")
+        return kept
+
+    def _chosen(self, among: Mapping[str, _T]) -> dict[str, _T]:
+        wanted = tuple(among) if self.networks is None else self.networks
+        wanted = (wanted,) if isinstance(wanted, str) else wanted
+        for name in wanted:
+            if name not in among:
+                raise NetworkError(f"networks={name!r} names no network{did_you_mean(name, among)}")
+        return {name: among[name] for name in among if name in wanted}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values; functions by their qualified name."""
+        return {"method": type(self).__name__} | {
+            f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "networks" or self.networks
+        }
+
+    @contextmanager
+    def prepare(
+        self,
+        model: nn.Module,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> Iterator[Prepared]:
+        """Put the method on a model by hand: ``with method.prepare(model) as hooked: td = hooked(td)``.
+
+        The call adds the method's artifacts and the model's outputs to a copy of the TensorDict. What an observer
+        would know beyond the batch (trajectories, the network at initialisation) is absent.
+        """
+        yield Prepared(self, HookedModel(model, in_keys, out_keys))
+
+
+class Prepared:
+    """A method on a model: call it with a TensorDict."""
+
+    def __init__(self, method: Method, model: HookedModel) -> None:
+        self.method = method
+        self.model = model
+
+    def __call__(self, td: TensorDictBase, **known: Any) -> TensorDictBase:
+        """Return a copy of ``td`` with outputs and artifacts; ``known`` fills further fields of :class:`Seen`."""
+        self.model.trace(td)
+        values, outputs = look(self.model, td, self.model.sites(self.method.taps(self.model)))
+        seen = replace(Seen(td.copy().update(outputs), values), **known)
+        artifacts = self.method.measure(seen, self.model)
+        shared = dict(artifacts.items(include_nested=True, leaves_only=True))
+        batched = all(v.shape[: td.batch_dims] == td.batch_size for v in shared.values())
+        out = seen.batch if batched else TensorDict(dict(seen.batch.items()), batch_size=[])
+        return out.update(TensorDict(shared, batch_size=out.batch_size))
+
+
+def look(model: HookedModel, batch: TensorDictBase, sites: Sequence[str]) -> tuple[dict[str, Tensor], TensorDictBase]:
+    """Run one pass that only reads: the values at the sites, and the outputs."""
+    with model.run(batch) as run:
+        proxies = {site: run.get(site) for site in sites}
+    values = {site: proxy.resolve() for site, proxy in proxies.items()}
+    return values, run.output.select(*model.out_keys, strict=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Method):
+        return value.settings()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if callable(value):
+        return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return value
