@@ -1,0 +1,165 @@
+"""One tick: one shared pass for all that only read, then each method, then the rows, none of them half."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
+
+from tdhook_train.errors import GroupsError
+from tdhook_train.hooks import HookedModel
+from tdhook_train.method import Method, Part, Seen, look
+from tdhook_train.observer.subject import Subject
+from tdhook_train.ops.join import Measured, merge
+from tdhook_train.schedule import Times
+
+__all__ = ["Row", "Source", "Tick", "measure"]
+
+Rows = Mapping[str, Sequence[Method]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A batch to measure on, with what is known of its rows."""
+
+    batch: TensorDictBase
+    fingerprint: int
+    groups: Tensor | None = None
+    ordered: bool = False
+    independent: bool = False
+    names: Mapping[NestedKey, Sequence[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """The moment of a measurement, and what its randomness follows from."""
+
+    clock: Times
+    seed: int
+
+    def generator(self, name: str) -> torch.Generator:
+        """A fresh generator that depends on seed, step and method alone."""
+        digest = hashlib.blake2b(f"{self.seed}/{self.clock.step}/{name}".encode(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method measured, and the seconds it took, its share of the shared pass included."""
+
+    name: str
+    measured: Measured
+    cost_s: float
+
+
+def measure(
+    subject: Subject,
+    rows: Rows,
+    source: Source,
+    tick: Tick,
+    *,
+    previous: Mapping[str, TensorDictBase] | None = None,
+    memo: dict[str, dict[Any, Any]] | None = None,
+) -> list[Row]:
+    """Measure every method on one batch, inside ``subject.view.open``.
+
+    Args:
+        subject: whose networks.
+        rows: the methods of each row.
+        source: on what.
+        tick: when.
+        previous: each row of the tick before.
+        memo: what stays the same between ticks on this batch, by row.
+    """
+    began = time.perf_counter()
+    parts = _look(subject, rows, source, tick)
+    shared_s = (time.perf_counter() - began) / len(rows)
+    out = []
+    for name, methods in rows.items():
+        began = time.perf_counter()
+        own = {} if memo is None else memo
+        found = []
+        for method in methods:
+            _refuse_unknown_groups(subject, method, source)
+            known = {
+                "generator": tick.generator(name),
+                "previous": (previous or {}).get(name),
+                "memo": own.setdefault(f"{name}/{len(found)}", {}),
+            }
+            found.append(method.across({n: part.told(**known) for n, part in parts.items()}))
+        out.append(Row(name, merge(found), time.perf_counter() - began + shared_s))
+    return out
+
+
+def _refuse_unknown_groups(subject: Subject, method: Method, source: Source) -> None:
+    if subject.is_loss and method.by_trajectory and source.groups is None and not source.independent:
+        raise GroupsError(
+            f"{type(method).__name__} splits rows by trajectory, but the batch has neither ('collector', 'traj_ids') "
+            "nor done flags; give ProbeSet(td, groups=...), or groups='rows' to take frames as independent, which "
+            "makes scores of time-correlated frames too good"
+        )
+
+
+def _look(subject: Subject, rows: Rows, source: Source, tick: Tick) -> dict[str, Part]:
+    """Run every network once, reading the union of what the methods want."""
+    methods = [method for group in rows.values() for method in group]
+    values: dict[str, dict[str, Tensor]] = {}
+    outputs: dict[str, TensorDictBase] = {}
+    for name, hooked in subject.networks.items():
+        batch = source.batch.to(hooked.device())
+        for initial in (hooked, subject.initial.get(name)):
+            if initial is not None:
+                initial.trace(batch)
+        values[name], outputs[name] = look(hooked, batch, _union(hooked, methods))
+    return {
+        name: Part(
+            Seen(
+                _overlaid(source.batch, subject.networks, outputs, name),
+                values[name],
+                groups=source.groups,
+                ordered=source.ordered,
+                initial=subject.initial.get(name),
+                clock=tick.clock,
+                names=source.names,
+            ),
+            hooked,
+        )
+        for name, hooked in subject.networks.items()
+    }
+
+
+def _union(hooked: HookedModel, methods: Sequence[Method]) -> list[str]:
+    wanted: set[str] = set()
+    for method in methods:
+        chosen = method.networks
+        if chosen is None or hooked.name in ((chosen,) if isinstance(chosen, str) else chosen):
+            wanted |= set(hooked.sites(method.taps(hooked)))
+    return [str(row.site) for row in hooked.traced if str(row.site) in wanted]
+
+
+def _overlaid(
+    batch: TensorDictBase, networks: Mapping[str, HookedModel], outputs: Mapping[str, TensorDictBase], own: str
+) -> TensorDictBase:
+    """Lay outputs over the batch: a network's own, and those that no other network gives.
+
+    What some network reads stays as recorded, since methods run networks on this batch again; such an output stands
+    below its network's name only.
+    """
+    out = batch.to(networks[own].device()).copy()
+    read = {key for hooked in networks.values() for key in hooked.in_keys}
+    leaves = {name: dict(td.items(include_nested=True, leaves_only=True)) for name, td in outputs.items()}
+    for name, given in leaves.items():
+        for key, value in given.items():
+            unique = not any(key in others for other, others in leaves.items() if other != name)
+            if key not in read and (name == own or (unique and key not in leaves[own])):
+                out.set(key, value)
+    if own:
+        for name, td in outputs.items():
+            out.set(name, TensorDict(dict(td.items()), batch_size=out.batch_size))
+    return out

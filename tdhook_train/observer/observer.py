@@ -1,0 +1,334 @@
+"""The observer: when due, it measures a model in isolation and commits the rows."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal
+
+from tensordict import TensorDictBase
+from torch import nn
+
+from tdhook_train.buffer import ArtifactBuffer
+from tdhook_train.errors import ClosedError, KeyMissingError, SettingsError, did_you_mean
+from tdhook_train.method import Method
+from tdhook_train.observer.measure import Row, Source, Tick, measure
+from tdhook_train.observer.meter import Meter
+from tdhook_train.observer.probe_set import ProbeSet
+from tdhook_train.observer.subject import Subject
+from tdhook_train.ops.fingerprint import fingerprint
+from tdhook_train.schedule import Budget, Clock, Trigger
+
+__all__ = ["Observer"]
+
+On = Literal["batch"] | ProbeSet | Mapping[str, "Literal['batch'] | ProbeSet"]
+
+
+class Observer:
+    """Runs methods on a model in training, when due, and commits one row a method.
+
+    The training ends in the same bits as without: networks are measured in isolation, and what a method draws comes
+    from a generator of its own, seeded by (seed, step).
+
+    Args:
+        methods: what to measure, by the name of its rows; several methods in a list share a row.
+        when: which moments; see :mod:`tdhook_train.schedule`.
+        into: an :class:`~tdhook_train.buffer.ArtifactBuffer`, or the folder to make one in.
+        on: ``"batch"`` (the one the training is about to use), a :class:`ProbeSet`, or several of these by name; rows
+            of ``{"first": ...}`` are then named ``probe.first``.
+        budget: share of wall time that observing may take; ticks past it are skipped and the skip is recorded.
+        seed: of what methods draw.
+        on_error: an error of a method stops the training (``"raise"``), warns (``"warn"``) or is only recorded
+            (``"skip"``); in no case is a row half written.
+        resume: go on in a folder that already holds a run.
+        overwrite: replace the run in that folder.
+
+    Raises:
+        RunExistsError: the folder already holds a run.
+        SettingsError: nothing to measure, or something that is no method.
+
+    Example:
+        >>> observer = Observer({"probe": RidgeProbe(target="y")}, when=Every(optim_steps=100), into="runs/one")
+        ... # doctest: +SKIP
+    """
+
+    def __init__(  # noqa: PLR0913 - the one place where a user says everything
+        self,
+        methods: Mapping[str, Method | Sequence[Method]],
+        *,
+        when: Trigger,
+        into: ArtifactBuffer | str | os.PathLike[str],
+        on: On = "batch",
+        budget: Budget | None = None,
+        seed: int = 0,
+        on_error: Literal["raise", "warn", "skip"] = "raise",
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.methods = _grouped(methods)
+        if not isinstance(when, Trigger):
+            raise SettingsError(f"when={when!r} is no trigger; e.g. when=Every(optim_steps=100) | At(0)")
+        if on_error not in ("raise", "warn", "skip"):
+            raise SettingsError(f"on_error={on_error!r}{did_you_mean(on_error, ('raise', 'warn', 'skip'))}")
+        self.when, self.budget, self.seed, self.on_error = when, budget, seed, on_error
+        self.sources = _named_sources(on)
+        made = not isinstance(into, ArtifactBuffer)
+        self.buffer = ArtifactBuffer(into, resume=resume, overwrite=overwrite) if made else into
+        self.clock = Clock()
+        self.meter = Meter()
+        self.subject: Subject | None = None
+        self.present_step: Callable[[], int] | None = None  # set by a front door that counts optimizer steps
+        self._paused = 0
+        self._closed = False
+        self._measured_step: int | None = None
+        self._last_batch: TensorDictBase | None = None
+        self._previous: dict[str, TensorDictBase] = {}
+        self._memo: dict[str, dict[str, dict[Any, Any]]] = {}
+
+    # ------------------------------------------------------------------ what is observed
+
+    def attach(
+        self, model: nn.Module, *, in_keys: list[str] | None = None, out_keys: list[str] | None = None
+    ) -> None:
+        """Begin to observe a model: check what can be checked now, and remember its weights as the initial ones.
+
+        Called by the first :meth:`step` where nobody called it before; front doors call it when they are made.
+
+        Raises:
+            PathError: a layer pattern that matches no module.
+            NetworkError: the model holds no network, or ``networks=`` names none.
+        """
+        self._check_open()
+        subject = Subject(model, in_keys, out_keys)
+        for methods in self.methods.values():
+            for method in methods:
+                method.check(subject.networks)
+        self.subject = subject
+        self._memo.clear()
+        stored = self.buffer.folder("initial") / "weights.pt"
+        if stored.is_file():
+            subject.load_initial(stored)
+        else:
+            subject.remember_initial()
+            subject.save_initial(stored)
+
+    # ------------------------------------------------------------------ as training goes on
+
+    def step(
+        self,
+        model: nn.Module,
+        batch: TensorDictBase | None = None,
+        *,
+        step: int | None = None,
+        frames: int | None = None,
+        epoch: int | None = None,
+    ) -> bool:
+        """Say where the training is, and measure where that is due.
+
+        Args:
+            model: the loss or module in training.
+            batch: what it is about to train on; needed for ``on="batch"``.
+            step: optimizer steps behind the present weights; one more than the last time where it is not given.
+            frames: environment frames so far, where they have changed.
+            epoch: likewise.
+
+        Returns:
+            Whether rows were committed.
+        """
+        clock = self.clock
+        clock.step = step if step is not None else clock.step + (clock.before is not None)
+        clock.frames = clock.frames if frames is None else frames
+        clock.epoch = clock.epoch if epoch is None else epoch
+        clock.batches += 1
+        clock.seconds = self.meter.elapsed_s
+        if "batch" in self.sources.values():
+            self._last_batch = batch
+        due = not self._closed and not self._paused and self.when.due(clock)
+        clock.asked()
+        return due and self._tick(model)
+
+    def finish(self, *, step: int | None = None) -> bool:
+        """Measure the last weights, unless they have been measured.
+
+        Args:
+            step: optimizer steps behind them; known without it where a front door counts steps.
+        """
+        if self._closed or self.subject is None:
+            return False
+        counted = self.present_step() if self.present_step is not None else self.clock.step
+        self.clock.step = counted if step is None else step
+        self.clock.seconds = self.meter.elapsed_s
+        self.clock.asked()
+        return self._measured_step != self.clock.step and self._tick(self.subject.model, free=True)
+
+    def mark(self, label: str) -> None:
+        """Put an event on every time axis, e.g. ``observer.mark("learning rate drop")``."""
+        self._check_open()
+        self.buffer.note("mark", step=self.clock.step, frames=self.clock.frames, label=label)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Measure nothing inside the block; clocks go on."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def close(self) -> None:
+        """Let go of the model and of the buffer. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self.subject = None
+            self._last_batch = None
+            self._memo.clear()
+            self.buffer.close()
+
+    def __enter__(self) -> Observer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint of the training."""
+        return {"clock": self.clock.state_dict(), "measured_step": self._measured_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint: rows of later steps are dropped, passed boundaries do not fire again."""
+        self._check_open()
+        self.clock.load_state_dict(dict(state["clock"]))
+        self._measured_step = state["measured_step"]
+        self._previous.clear()
+        self.buffer.truncate(after_step=self.clock.step)
+
+    # ------------------------------------------------------------------ a tick
+
+    def _tick(self, model: nn.Module, *, free: bool = False) -> bool:
+        began = time.perf_counter()
+        if self.subject is None or self.subject.model is not model:
+            self.attach(model)
+        if not free and self.budget and not self.budget.allows(self.meter.spent_s, self.meter.last_s, self.meter.training_s):
+            self._skip("budget", f"{self.meter.share:.2%} of training time spent observing")
+            return False
+        sources = self._ready_sources()
+        by_method_s: dict[str, float] = {}
+        committed = False
+        try:
+            for name, source in sources.items():
+                rows, weights = self._measure(name, source)
+                for row in rows:
+                    by_method_s[row.name] = by_method_s.get(row.name, 0.0) + row.cost_s
+                    self._commit(row, name, source, weights)
+                    committed = True
+        except Exception as error:  # what a method raises is its own; only the policy is ours
+            self._failed(error)
+        finally:
+            self.meter.add(time.perf_counter() - began, by_method_s, budgeted=self.budget is not None)
+        if committed:
+            self._measured_step = self.clock.step
+        return committed
+
+    def _measure(self, name: str, source: Source) -> tuple[list[Row], int]:
+        assert self.subject is not None  # noqa: S101 - attach() came first; tells the type checker
+        tick = Tick(self.clock.now, self.seed)
+        fixed = isinstance(self.sources[name], ProbeSet)
+        memo = self._memo.setdefault(name, {}) if fixed else None
+        previous = {row: self._previous[self._row_name(row, name)] for row in self.methods if self._row_name(row, name) in self._previous}
+        with self.subject.view.open(seed=tick.generator("model").initial_seed() % (1 << 63)):
+            rows = measure(self.subject, self.methods, source, tick, previous=previous, memo=memo)
+            return rows, self.subject.fingerprint()
+
+    def _commit(self, row: Row, source_name: str, source: Source, weights: int) -> None:
+        name = self._row_name(row.name, source_name)
+        values = row.measured.tensordict()
+        if name not in self.buffer and name not in self._previous:
+            self._declare(name, row)
+        self.buffer.append(
+            name,
+            values,
+            step=self.clock.step,
+            frames=self.clock.frames,
+            epoch=self.clock.epoch,
+            weights=weights,
+            data=source.fingerprint,
+            cost=row.cost_s,
+        )
+        self._previous[name] = values
+
+    def _declare(self, name: str, row: Row) -> None:
+        methods = self.methods[row.name]
+        labels = {dim: names for dim, names in row.measured.labels.items() if names}
+        legend = {key: dict(codes) for method in methods for key, codes in method.legend.items()}
+        settings = [method.settings() for method in methods]
+        self.buffer.declare(name, dims=row.measured.dims, coords=labels, settings=settings, legend=legend)
+
+    def _ready_sources(self) -> dict[str, Source]:
+        found: dict[str, Source] = {}
+        for name, source in self.sources.items():
+            if isinstance(source, ProbeSet):
+                if not source.ready:
+                    self._skip("not ready", f"{source!r}")
+                    continue
+                self._store(name, source)
+                found[name] = Source(
+                    source.td, source.fingerprint, source.groups, source.ordered, source.independent, source.feature_names
+                )
+                continue
+            if self._last_batch is None:
+                raise KeyMissingError('on="batch" needs the batch: observer.step(model, batch, step=...)')
+            batch = ProbeSet(self._last_batch)
+            # a minibatch is shuffled: its rows may look like blocks by chance, and are in no order of time
+            found[name] = Source(batch.td, fingerprint(batch.td), batch.groups)
+        return found
+
+    def _store(self, name: str, source: ProbeSet) -> None:
+        path = self.buffer.folder("probe_sets") / f"{name or 'probe_set'}.pt"
+        if not path.exists():
+            source.save(path)
+
+    def _row_name(self, row: str, source: str) -> str:
+        return f"{row}.{source}" if source else row
+
+    def _skip(self, why: str, detail: str) -> None:
+        self.buffer.note("skip", step=self.clock.step, frames=self.clock.frames, why=why, detail=detail)
+
+    def _failed(self, error: Exception) -> None:
+        self.buffer.note("error", step=self.clock.step, error=f"{type(error).__name__}: {error}")
+        if self.on_error == "raise":
+            raise error
+        if self.on_error == "warn":
+            warnings.warn(f"observing step {self.clock.step} failed: {error}", stacklevel=2)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the observer is closed; make a new one (with resume=True to go on in its folder)")
+
+
+def _grouped(methods: Mapping[str, Method | Sequence[Method]]) -> dict[str, tuple[Method, ...]]:
+    if not methods:
+        raise SettingsError('an observer needs methods, e.g. {"probe": RidgeProbe(target="action")}')
+    grouped = {name: (given,) if isinstance(given, Method) else tuple(given) for name, given in methods.items()}
+    for name, group in grouped.items():
+        for method in group:
+            if not isinstance(method, Method):
+                raise SettingsError(f"methods[{name!r}] holds {method!r}, which is no Method")
+        if not group:
+            raise SettingsError(f"methods[{name!r}] is empty")
+    return grouped
+
+
+def _named_sources(on: On) -> dict[str, Literal["batch"] | ProbeSet]:
+    named = dict(on) if isinstance(on, Mapping) else {"": on}
+    for name, source in named.items():
+        if source != "batch" and not isinstance(source, ProbeSet):
+            raise SettingsError(f'on={source!r} ({name or "on"}) is neither "batch" nor a ProbeSet')
+    return named
+
+

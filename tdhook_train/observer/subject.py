@@ -1,0 +1,76 @@
+"""What is observed: the isolated networks of a model, and the same networks at initialisation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import nn
+
+from tdhook_train.errors import NetworkError, SchemaError
+from tdhook_train.hooks import HookedModel
+from tdhook_train.isolation import View, is_loss, isolated, private_copy
+from tdhook_train.ops.fingerprint import fingerprint
+
+__all__ = ["Subject"]
+
+
+class Subject:
+    """A model under observation.
+
+    Args:
+        model: a TorchRL loss, whose networks are observed through private copies, or any module, observed in place.
+        in_keys: of a plain module: see :class:`~tdhook_train.hooks.HookedModel`.
+        out_keys: likewise.
+    """
+
+    def __init__(
+        self, model: nn.Module, in_keys: list[str] | None = None, out_keys: list[str] | None = None
+    ) -> None:
+        self.model = model
+        self.is_loss = is_loss(model)
+        self.view: View = isolated(model)
+        self.networks = {
+            name: HookedModel(module, in_keys, out_keys, name=name) for name, module in self.view.modules.items()
+        }
+        self.initial: dict[str, HookedModel] = {}
+
+    def remember_initial(self) -> None:
+        """Take the present weights as those of the network at initialisation."""
+        try:
+            with self.view.open(seed=0):
+                copies = {name: private_copy(hooked.module) for name, hooked in self.networks.items()}
+        except NetworkError as error:
+            warnings.warn(f"no baseline at initialisation: {error}", stacklevel=2)
+            return
+        self.initial = {
+            name: HookedModel(copy, self.networks[name].in_keys, self.networks[name].out_keys, name=name)
+            for name, copy in copies.items()
+        }
+
+    def save_initial(self, path: Path) -> None:
+        """Write the weights at initialisation to one file."""
+        partial = path.with_suffix(".partial")
+        torch.save({name: _weights(hooked.module).to_dict() for name, hooked in self.initial.items()}, partial)
+        partial.replace(path)
+
+    def load_initial(self, path: Path) -> None:
+        """Read the weights at initialisation of an earlier attempt."""
+        self.remember_initial()
+        stored = torch.load(path, weights_only=True)
+        if set(stored) != set(self.initial):
+            raise SchemaError(f"{path} holds networks {sorted(stored)}, the model has {sorted(self.initial)}")
+        for name, hooked in self.initial.items():
+            _weights(hooked.module).update_(TensorDict(stored[name]))
+
+    def fingerprint(self) -> int:
+        """Hash the weights and buffers that the networks hold now (inside ``view.open``)."""
+        every: Mapping[str, TensorDictBase] = {n or "model": _weights(h.module) for n, h in self.networks.items()}
+        return fingerprint(TensorDict(dict(every)))
+
+
+def _weights(module: nn.Module) -> TensorDictBase:
+    return TensorDict.from_module(module).data
