@@ -1,0 +1,136 @@
+"""What one row is made of: tensors under keys, and the numbers that say where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase, is_non_tensor, is_tensor_collection
+from torch import Tensor
+
+from tdhook_train.errors import SchemaError, SettingsError
+
+__all__ = ["META", "Key", "Row", "RowMeta", "as_key", "flatten", "key_name", "show"]
+
+Key = tuple[str, ...]
+Row = Mapping[Key, Tensor | int | float]
+
+META: dict[Key, torch.dtype] = {
+    ("meta", "step"): torch.int64,
+    ("meta", "frames"): torch.int64,
+    ("meta", "epoch"): torch.int64,
+    ("meta", "weights"): torch.int64,
+    ("meta", "data"): torch.int64,
+    ("meta", "attempt"): torch.int64,
+    ("meta", "time"): torch.float64,
+    ("meta", "cost"): torch.float64,
+}
+_RESERVED = {
+    "meta": "it holds what the buffer records about each row",
+    "index": "TorchRL's sample() writes the positions of the sampled rows there",
+}
+
+
+@dataclass(frozen=True)
+class RowMeta:
+    """What describes a row.
+
+    Args:
+        step: optimizer steps behind the weights that were measured.
+        frames: environment frames, or samples, seen so far.
+        epoch: passes over the data so far.
+        weights: 64-bit fingerprint of the weights, signed or unsigned.
+        data: 64-bit fingerprint of the batch, signed or unsigned.
+        attempt: how often the run had been reopened for writing.
+        time: when the row was made, in Unix seconds.
+        cost: how long the measurement took, in seconds.
+    """
+
+    step: int
+    frames: int
+    epoch: int
+    weights: int
+    data: int
+    attempt: int
+    time: float
+    cost: float
+
+    def row(self) -> dict[Key, int | float]:
+        """Return the numbers under their keys.
+
+        Raises:
+            SettingsError: a number is none, or does not fit into 64 bits.
+        """
+        return {key: _number(key, getattr(self, key[1]), dtype) for key, dtype in META.items()}
+
+
+def _number(key: Key, value: Any, dtype: torch.dtype) -> int | float:
+    try:
+        if dtype == torch.float64:
+            return float(value)
+        whole = int(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SettingsError(f"{key[1]}={value!r} is no number: {error}") from None
+    if whole != value or not -(2**63) <= whole < 2**64:
+        raise SettingsError(f"{key[1]}={value!r} is no whole number of 64 bits")
+    return whole - 2**64 if whole >= 2**63 else whole  # unsigned fingerprints keep their bits
+
+
+def as_key(key: str | tuple[str, ...]) -> Key:
+    """Return a key as the tuple of its parts."""
+    parts = (key,) if isinstance(key, str) else tuple(key) if isinstance(key, (tuple, list)) else ()
+    if not parts or not all(isinstance(part, str) for part in parts):
+        raise SchemaError(f"{key!r} is no key: a key is a string or a tuple of strings")
+    return parts
+
+
+def show(key: Key) -> str | Key:
+    """Return a key as TensorDict shows it: a lone part as a string."""
+    return key[0] if len(key) == 1 else key
+
+
+def key_name(key: Key) -> str:
+    """Return a key as one dotted name."""
+    return ".".join(key)
+
+
+def flatten(artifacts: TensorDictBase | Mapping[Any, Any]) -> dict[Key, Tensor]:
+    """Return the tensors of a row by key, detached, whatever the nesting.
+
+    Args:
+        artifacts: a TensorDict or nested mapping; numbers and arrays become tensors.
+
+    Raises:
+        SchemaError: a value is no tensor, a key is reserved, or there is nothing.
+    """
+    if not (isinstance(artifacts, Mapping) or is_tensor_collection(artifacts)):
+        raise SchemaError(f"a row is a TensorDict or a mapping of keys to tensors, got {type(artifacts).__name__}")
+    row = dict(_leaves(artifacts, ()))
+    if not row:
+        raise SchemaError("the row holds no tensor")
+    for key in row:
+        if key[0] in _RESERVED:
+            raise SchemaError(f"key {show(key)!r} is reserved: {_RESERVED[key[0]]}; rename it")
+    return row
+
+
+def _leaves(tree: Any, prefix: Key) -> Iterator[tuple[Key, Tensor]]:
+    for name, value in tree.items():
+        key = (*prefix, name) if isinstance(name, str) else (*prefix, *as_key(name))
+        if isinstance(value, Tensor):
+            yield key, value.detach()
+        elif is_non_tensor(value):
+            raise SchemaError(f"key {show(key)!r} holds a {type(value).__name__}; rows hold tensors only")
+        elif isinstance(value, Mapping) or is_tensor_collection(value):
+            yield from _leaves(value, key)
+        else:
+            yield key, _as_tensor(key, value)
+
+
+def _as_tensor(key: Key, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise SchemaError(f"key {show(key)!r} holds a {type(value).__name__}; rows hold tensors only") from None
