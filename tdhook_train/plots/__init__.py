@@ -1,0 +1,23 @@
+"""Pictures of one training run, by shape of data, and the report that gathers them.
+
+plotly and matplotlib are imported here and nowhere else in the library.
+"""
+
+from tdhook_train.errors import MissingPackageError
+
+try:
+    import matplotlib as _matplotlib  # noqa: F401
+    import pandas as _pandas  # noqa: F401
+    import plotly as _plotly  # noqa: F401
+except ImportError as error:
+    raise MissingPackageError(
+        f'tdhook_train.plots needs {error.name}, which is not installed: pip install "tdhook-train[plots]"'
+    ) from error
+
+from tdhook_train.plots.heat_map import heat_map
+from tdhook_train.plots.lines import lines
+from tdhook_train.plots.panels import HeatPanel, Line, LinePanel, Mark
+from tdhook_train.plots.report import write_report
+from tdhook_train.plots.tables import final_scores
+
+__all__ = ["HeatPanel", "Line", "LinePanel", "Mark", "final_scores", "heat_map", "lines", "write_report"]

@@ -1,0 +1,53 @@
+"""Short names for networks, layers and cells of a table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import takewhile
+
+__all__ = ["by_network", "network_name", "short_layers", "thin_out"]
+
+# the networks of a TorchRL loss; members of an ensemble are numbered before their own `module`
+_NETWORK = re.compile(r"^((?:\w+_network|actor|critic|policy|qvalue)(?:\.\d+(?=\.module\b))?)\.(.+)$")
+_KNOWN = {"actor": "policy", "policy": "policy", "critic": "value", "qvalue": "Q", "value": "value"}
+_PARTS = {"NormalParamExtractor:0": "loc", "NormalParamExtractor:1": "scale"}
+
+
+def by_network(labels: Sequence[str]) -> dict[str, list[int]]:
+    """Return the positions of each network's layers, networks in the order they come; ``""`` for a bare model."""
+    found: dict[str, list[int]] = {}
+    for position, label in enumerate(labels):
+        match = _NETWORK.match(label)
+        found.setdefault(match[1] if match else "", []).append(position)
+    return found
+
+
+def network_name(network: str) -> str:
+    """Return what a reader calls a network: ``actor_network`` is the policy network."""
+    if not network:
+        return "network"
+    stem, _, member = network.partition(".")
+    words = stem.removesuffix("_network")
+    target = "target " if words.startswith("target_") else ""
+    words = words.removeprefix("target_")
+    name = f"{target}{_KNOWN.get(words, words.replace('_', ' '))} network"
+    return f"{name} {member}".rstrip()
+
+
+def short_layers(labels: Sequence[str], types: Sequence[str] | None = None) -> list[str]:
+    """Return tick labels for the layers of one network: ``1 Linear``, ``2 Tanh``, or what is left of the path."""
+    if types is not None and len(types) == len(labels):
+        return [f"{number} {_PARTS.get(kind, kind)}" for number, kind in enumerate(types, 1)]
+    paths = [match[2] if (match := _NETWORK.match(label)) else label for label in labels]
+    if len(paths) > 1:
+        parents = [path.split(".")[:-1] for path in paths]
+        shared = sum(1 for _ in takewhile(lambda segments: len(set(segments)) == 1, zip(*parents, strict=False)))
+        paths = [".".join(path.split(".")[shared:]) for path in paths]
+    return [f"{number} · {path}" for number, path in enumerate(paths, 1)]
+
+
+def thin_out(labels: Sequence[str], most: int) -> list[int]:
+    """Return the positions of at most ``most`` labels, evenly spaced from the first."""
+    stride = max(1, -(-len(labels) // most))
+    return list(range(0, len(labels), stride))

@@ -1,0 +1,108 @@
+"""Colours, fonts and the frame that every plotly figure shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from tdhook_train.plots.panels import Mark
+from tdhook_train.plots.step_axis import SCALES, plotly_axis, positions
+
+__all__ = [
+    "FAINT",
+    "FEW",
+    "GREY",
+    "INK",
+    "MAP",
+    "PALETTE",
+    "frame",
+    "grid",
+    "mark_lines",
+    "place",
+    "plain",
+    "step_axes",
+]
+
+FEW = 20  # points of a line that are drawn one by one
+INK = "#1f2933"
+GREY = "#d9dce0"  # cells without evidence: no colour of the map is near it
+FAINT = "#b8bfc7"
+MAP = "viridis"  # perceptually uniform, and readable without colour vision
+# Okabe and Ito's colours, which readers without full colour vision can tell apart, without their yellow
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
+_SMALL = {"size": 11}
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+def plain(text: str) -> str:
+    """Return a label as plotly shows it literally: it reads tags such as ``<b>`` otherwise."""
+    return escape(text, quote=False)
+
+
+def place(number: int) -> tuple[int, int]:
+    """Return the row and column, from 1, of a figure's panel; two stand side by side."""
+    return number // 2 + 1, number % 2 + 1
+
+
+def grid(titles: Sequence[str], *, spacing: float) -> go.Figure:
+    """Return an empty figure with a panel for each title."""
+    rows, cols = place(len(titles) - 1)[0], min(len(titles), 2)
+    specs: list[list[dict[str, Any] | None]] = [
+        [{} if row * cols + col < len(titles) else None for col in range(cols)] for row in range(rows)
+    ]
+    named = [plain(title) for title in titles]
+    gaps = {"horizontal_spacing": spacing, "vertical_spacing": 0.35 / rows}
+    return make_subplots(rows=rows, cols=cols, specs=specs, subplot_titles=named, **gaps)
+
+
+def frame(figure: go.Figure, *, height: int, top: int, legend: bool) -> None:
+    """Give a figure the report's look."""
+    figure.update_layout(
+        height=height,
+        template="plotly_white",
+        font={"family": _FONT, "size": 13, "color": INK},
+        margin={"l": 20, "r": 20, "t": top, "b": 52},
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"},
+        showlegend=legend,
+        hoverlabel={"bgcolor": "white", "font": {"family": _FONT, "size": 12}, "align": "left"},
+        hovermode="closest",
+    )
+    for title, axis in zip(figure.layout.annotations, figure.select_xaxes(), strict=False):
+        title.update(x=axis.domain[0], xanchor="left", font_size=14)  # the middle is left to the marks
+    figure.update_xaxes(automargin=True, showline=True, linecolor=FAINT, ticks="outside", tickcolor=FAINT)
+    figure.update_yaxes(automargin=True)
+
+
+def step_axes(figure: go.Figure, borders: Sequence[float]) -> None:
+    """Let every horizontal axis count optimizer steps; the page's log/linear switch reads ``layout.meta``."""
+    figure.update_xaxes(title_text="optimizer steps", title_standoff=8, **plotly_axis("log", borders))
+    names = ["xaxis" + axis.plotly_name.removeprefix("xaxis") for axis in figure.select_xaxes()]
+    switch: dict[str, Any] = {
+        scale: {f"{name}.{key}": value for name in names for key, value in plotly_axis(scale, borders).items()}
+        for scale in SCALES
+    }
+    figure.update_layout(meta=switch)
+
+
+def mark_lines(figure: go.Figure, marks: Sequence[Mark], at: Sequence[float] | None = None) -> None:
+    """Draw a dashed line for each mark in every panel, at its step unless ``at`` says where."""
+    steps = positions(np.array([mark.step for mark in marks])).tolist()
+    for mark, x in zip(marks, steps if at is None else at, strict=True):
+        figure.add_vline(x=x, line={"color": "white", "width": 3}, opacity=0.6)  # seen on dark cells too
+        figure.add_vline(
+            x=x,
+            line={"color": INK, "width": 1.2, "dash": "dash"},
+            # a label of the line itself: an annotation would have to move when the axis changes its scale
+            label={
+                "text": plain(mark.text),
+                "textposition": "end",
+                "textangle": 0,
+                "yanchor": "bottom",
+                "font": _SMALL,
+            },
+        )

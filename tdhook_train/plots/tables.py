@@ -1,0 +1,42 @@
+"""Tables of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from tdhook_train.errors import KeyMissingError
+from tdhook_train.plots.source import holding, read, read_like
+
+if TYPE_CHECKING:
+    from tdhook_train.buffer import ArtifactBuffer
+
+__all__ = ["final_scores"]
+
+_SCORES = {"r2": "r2", "raw observation": "r2_observation", "initial network": "r2_initial", "null": "r2_null"}
+
+
+def final_scores(buffer: ArtifactBuffer) -> pd.DataFrame:
+    """Return how well each target can be read from each layer at the last measured step, beside what to compare with.
+
+    Args:
+        buffer: a run with a probe artifact.
+
+    Returns:
+        A row per layer, by its full name; columns (target, score) with the scores ``r2``, ``raw observation`` (the
+        same probe on the observation), ``initial network`` (on the same layer before training) and ``null`` (what
+        targets shifted in time reach at best in 95 of 100 cases). NaN where the run did not record a score.
+
+    Raises:
+        KeyMissingError: no probe was recorded.
+    """
+    probe = holding(buffer, "r2")
+    if probe is None:
+        raise KeyMissingError(f"{buffer.path} holds no probe scores: no artifact with rows has a key 'r2' over layers")
+    scores = read(probe, "r2")
+    layers, targets = scores.labels["layer"], scores.labels["target"]
+    last = {score: read_like(probe, key, scores)[-1] for score, key in _SCORES.items()}
+    parts = {(target, score): last[score][:, place] for place, target in enumerate(targets) for score in _SCORES}
+    header = pd.MultiIndex.from_tuples(parts, names=["target", "score"])
+    return pd.DataFrame(parts, index=pd.Index(layers, name="layer")).set_axis(header, axis=1)
