@@ -1,0 +1,124 @@
+"""The demo as a user runs it: its rows, its report, its last line; Ctrl-C; errors in one line."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tdhook_train import ArtifactBuffer
+from tdhook_train.cli import app, main
+from tdhook_train.errors import EnvironmentNameError, MissingPackageError, RunExistsError, SettingsError
+from tdhook_train.rl.demo import Demo
+from tdhook_train.rl.ppo import make_env
+
+COMMAND = [sys.executable, "-m", "tdhook_train.cli", "demo"]
+LAYERS_OF_BOTH = 14 + 13  # policy: 7 linear, 6 tanh and the scale; value: 7 linear and 6 tanh
+
+
+def test_a_short_demo_leaves_rows_of_all_methods_and_a_report(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    done = subprocess.run([*COMMAND, "--frames", "600", "--out", str(out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(out / "report.html")
+    assert "actor_network" in done.stdout  # the table of final scores
+    assert "critic_network" in done.stdout
+    assert "PPO on InvertedDoublePendulum-v5" in done.stderr  # the progress bar
+    assert "of training time" in done.stderr
+    assert (out / "report.html").stat().st_size > 1_000_000  # plotly is inside
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+    buffer = ArtifactBuffer.open(out / "artifacts")
+    assert list(buffer) == ["probe", "attribution", "patching", "health"]
+    probe = buffer["probe"]
+    ticks = len(probe.steps)
+    assert ticks > 30
+    assert probe.steps[0] == 0
+    targets = ["action", "value", "cart velocity", "hinge 1 velocity", "hinge 2 velocity"]
+    assert probe.coords["target"] == targets
+    assert len(probe.coords["layer"]) == LAYERS_OF_BOTH
+    for key in ("r2", "r2_observation", "r2_initial", "r2_null"):
+        assert probe.series(key).shape == (ticks, LAYERS_OF_BOTH, len(targets))
+    torch.testing.assert_close(probe.series("r2")[0], probe.series("r2_initial")[0])  # step 0 is the initial network
+    assert buffer["attribution"].coords["feature"][5] == "cart velocity"
+    for network in ("actor_network", "critic_network"):
+        assert buffer["attribution"].series((network, "attr", "observation")).shape == (ticks, 64, 1, 9)
+    assert buffer["patching"].coords["target"] == ["action", "value"]
+    assert len(buffer["health"].series("dormant")) == ticks
+    assert (out / "artifacts" / "probe_sets" / "probe_set.pt").is_file()
+    assert (out / "artifacts" / "initial" / "weights.pt").is_file()
+
+
+def test_ctrl_c_keeps_what_was_recorded_and_writes_the_report(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    process = subprocess.Popen(
+        [*COMMAND, "--frames", "100000", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        committed = 0
+        for _ in range(600):  # a reader in another process, while the training runs
+            time.sleep(0.1)
+            if (out / "artifacts" / "manifest.json").is_file():
+                with ArtifactBuffer.open(out / "artifacts") as buffer:
+                    committed = len(buffer["health"]) if "health" in buffer else 0
+            if committed >= 2:
+                break
+        assert committed >= 2
+        process.send_signal(signal.SIGINT)
+        stdout, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert stdout.splitlines()[-1] == str(out / "report.html")
+    assert (out / "report.html").is_file()
+    with ArtifactBuffer.open(out / "artifacts") as buffer:
+        assert all(len(buffer[name]) >= committed for name in ("probe", "attribution", "patching", "health"))
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_training(tmp_path: Path) -> None:
+    ArtifactBuffer(tmp_path / "artifacts").close()
+    with pytest.raises(RunExistsError, match="overwrite"):
+        Demo(frames=600, out=tmp_path).run()
+
+
+def test_an_environment_that_does_not_exist_is_named_with_the_nearest() -> None:
+    with pytest.raises(EnvironmentNameError, match=r"no environment 'InvertedDoublPendulum-v5'.*did you mean 'Inverted"):
+        make_env("InvertedDoublPendulum-v5")
+
+
+def test_without_mujoco_the_install_line_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise gymnasium.error.DependencyNotInstalled("MuJoCo is not installed")
+
+    monkeypatch.setattr("tdhook_train.rl.ppo.GymEnv", missing)
+    with pytest.raises(MissingPackageError, match=r'pip install "tdhook-train\[mujoco\]"'):
+        make_env("InvertedDoublePendulum-v5")
+
+
+def test_too_few_frames_are_refused() -> None:
+    with pytest.raises(SettingsError, match="at least 200 frames"):
+        Demo(frames=10).run()
+
+
+def test_errors_of_ours_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["tdhook-train", "demo", "--env", "CartPole-v17"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no environment 'CartPole-v17'")
+
+
+def test_help_shows_an_example() -> None:
+    shown = CliRunner().invoke(app, ["demo", "--help"])
+    assert shown.exit_code == 0
+    assert "tdhook-train demo --frames 6000" in shown.output
