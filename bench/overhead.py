@@ -111,7 +111,8 @@ def main() -> None:
     print(f"| seconds bare, a run | {bare / options.repeats:.1f} |")
     for name in costs[0]:
         seconds = sum(cost[name] for cost in costs)
-        print(f"| {name}: share of bare time, ms a tick | {seconds / bare:.2%}, {seconds / ticks / len(costs) * 1e3:.1f} |")
+        tick_ms = seconds / ticks / len(costs) * 1e3
+        print(f"| {name}: share of bare time, ms a tick | {seconds / bare:.2%}, {tick_ms:.1f} |")
 
 
 if __name__ == "__main__":

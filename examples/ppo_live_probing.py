@@ -1,6 +1,6 @@
 """Observe a PPO script of your own: what its networks know, rest on and use, while they train.
 
-    python examples/ppo_live_probing.py [FRAMES] [FOLDER]
+python examples/ppo_live_probing.py [FRAMES] [FOLDER]
 """
 
 import sys
@@ -20,7 +20,8 @@ from tdhook_train.latent import RidgeProbe
 from tdhook_train.plots import write_report
 from tdhook_train.rl import ObservedLoss
 
-frames, folder = int([*sys.argv, 8192][1]), [*sys.argv, "", "runs/example"][2] or "runs/example"
+frames = int(sys.argv[1]) if len(sys.argv) > 1 else 8192
+folder = sys.argv[2] if len(sys.argv) > 2 else "runs/example"
 torch.manual_seed(0)
 env = GymEnv("InvertedDoublePendulum-v5")
 policy = nn.Sequential(MLP(9, 2, depth=2, num_cells=64, activation_class=nn.Tanh), NormalParamExtractor())

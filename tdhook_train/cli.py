@@ -67,3 +67,7 @@ def main() -> None:
     except TdhookTrainError as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -91,7 +91,7 @@ class Method(ABC):
     by_trajectory: ClassVar[bool] = False
     """Whether a result is wrong unless rows are told apart by trajectory, as in reinforcement learning."""
 
-    def taps(self, model: HookedModel) -> Sequence[str]:
+    def taps(self, model: HookedModel) -> Sequence[str]:  # noqa: ARG002 - subclasses use it
         """Name the sites this method reads from the shared pass."""
         return ()
 
@@ -99,7 +99,7 @@ class Method(ABC):
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Return the artifacts of one network."""
 
-    def labels(self, seen: Seen, model: HookedModel) -> Labels:
+    def labels(self, seen: Seen, model: HookedModel) -> Labels:  # noqa: ARG002 - subclasses use it
         """Label the dimensions of one network's artifacts; a dimension without labels is numbered."""
         sites = list(self.taps(model))
         kinds = {str(row.site): row.kind for row in model.traced} if sites else {}

@@ -23,9 +23,15 @@ COMMAND = [sys.executable, "-m", "tdhook_train.cli", "demo"]
 LAYERS_OF_BOTH = 14 + 13  # policy: 7 linear, 6 tanh and the scale; value: 7 linear and 6 tanh
 
 
-def test_a_short_demo_leaves_rows_of_all_methods_and_a_report(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = tmp_path_factory.mktemp("runs") / "demo"
     done = subprocess.run([*COMMAND, "--frames", "600", "--out", str(out)], capture_output=True, text=True, check=False)
+    return out, done
+
+
+def test_a_short_demo_ends_with_the_report(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, done = demo
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(out / "report.html")
     assert "actor_network" in done.stdout  # the table of final scores
@@ -35,25 +41,33 @@ def test_a_short_demo_leaves_rows_of_all_methods_and_a_report(tmp_path: Path) ->
     assert (out / "report.html").stat().st_size > 1_000_000  # plotly is inside
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
 
+
+def test_a_short_demo_leaves_rows_of_all_methods(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, _ = demo
     buffer = ArtifactBuffer.open(out / "artifacts")
     assert list(buffer) == ["probe", "attribution", "patching", "health"]
-    probe = buffer["probe"]
-    ticks = len(probe.steps)
+    ticks = len(buffer["probe"].steps)
     assert ticks > 30
-    assert probe.steps[0] == 0
-    targets = ["action", "value", "cart velocity", "hinge 1 velocity", "hinge 2 velocity"]
-    assert probe.coords["target"] == targets
-    assert len(probe.coords["layer"]) == LAYERS_OF_BOTH
-    for key in ("r2", "r2_observation", "r2_initial", "r2_null"):
-        assert probe.series(key).shape == (ticks, LAYERS_OF_BOTH, len(targets))
-    torch.testing.assert_close(probe.series("r2")[0], probe.series("r2_initial")[0])  # step 0 is the initial network
+    assert len(buffer["health"].series("dormant")) == ticks
     assert buffer["attribution"].coords["feature"][5] == "cart velocity"
     for network in ("actor_network", "critic_network"):
         assert buffer["attribution"].series((network, "attr", "observation")).shape == (ticks, 64, 1, 9)
     assert buffer["patching"].coords["target"] == ["action", "value"]
-    assert len(buffer["health"].series("dormant")) == ticks
     assert (out / "artifacts" / "probe_sets" / "probe_set.pt").is_file()
     assert (out / "artifacts" / "initial" / "weights.pt").is_file()
+
+
+def test_the_probe_scores_every_layer_of_both_networks(
+    demo: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    probe = ArtifactBuffer.open(demo[0] / "artifacts")["probe"]
+    targets = ["action", "value", "cart velocity", "hinge 1 velocity", "hinge 2 velocity"]
+    assert probe.coords["target"] == targets
+    assert len(probe.coords["layer"]) == LAYERS_OF_BOTH
+    for key in ("r2", "r2_observation", "r2_initial", "r2_null"):
+        assert probe.series(key).shape == (len(probe.steps), LAYERS_OF_BOTH, len(targets))
+    assert probe.steps[0] == 0
+    torch.testing.assert_close(probe.series("r2")[0], probe.series("r2_initial")[0])  # step 0 is the initial network
 
 
 def test_ctrl_c_keeps_what_was_recorded_and_writes_the_report(tmp_path: Path) -> None:
@@ -92,7 +106,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_training(tmp_path: Path) ->
 
 
 def test_an_environment_that_does_not_exist_is_named_with_the_nearest() -> None:
-    with pytest.raises(EnvironmentNameError, match=r"no environment 'InvertedDoublPendulum-v5'.*did you mean 'Inverted"):
+    with pytest.raises(EnvironmentNameError, match=r"no environment 'InvertedDoublPendulum-v5'.* mean 'Inv"):
         make_env("InvertedDoublPendulum-v5")
 
 

@@ -59,7 +59,9 @@ class IntegratedGradients(Method):
         if self.targets is not None and self.init_attr_targets is not None:
             raise SettingsError("IntegratedGradients takes targets or init_attr_targets, not both")
         if self.points < 1 or (self.rows is not None and self.rows < 1):
-            raise SettingsError(f"IntegratedGradients needs points and rows of 1 or more, got {self.points}, {self.rows}")
+            raise SettingsError(
+                f"IntegratedGradients needs points and rows of 1 or more, got {self.points}, {self.rows}"
+            )
         if self.baseline not in ("zero", "mean"):
             raise SettingsError(f"baseline={self.baseline!r} is none of 'zero', 'mean'")
         if self.targets is not None:
@@ -144,7 +146,10 @@ class IntegratedGradients(Method):
                 weight = weights[chunk].repeat_interleave(rows)
                 for i, column in enumerate(explained):
                     grads = torch.autograd.grad(
-                        column, [path[key] for key in moving], weight.to(column.dtype), retain_graph=i + 1 < len(explained)
+                        column,
+                        [path[key] for key in moving],
+                        weight.to(column.dtype),
+                        retain_graph=i + 1 < len(explained),
                     )
                     part = {k: g.unflatten(0, (len(chunk), rows)).sum(0) for k, g in zip(moving, grads, strict=True)}
                     if i == len(sums):

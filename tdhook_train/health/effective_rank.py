@@ -64,7 +64,7 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 def _effective_rank(gram: Tensor) -> Tensor:
-    """exp H(σ / Σσ) from XᵀX, one number a matrix."""
+    """Exp H(σ / Σσ) from XᵀX, one number a matrix."""
     finite = gram.isfinite().all(-1).all(-1)
     values = torch.linalg.eigvalsh(torch.where(finite[:, None, None], gram, 0.0))
     floor = values.amax(-1, keepdim=True).clamp_min(0) * 1e-15  # below: rounding of the decomposition

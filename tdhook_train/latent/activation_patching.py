@@ -45,8 +45,9 @@ class ActivationPatching(Method):
     Writes:
         ``effect`` [layer, target] and ``unit_effect`` [layer, unit, target]: mean over pairs of
         ``|M(do h = h') - M(base)|``, in units of the target. ``gap`` [layer, target]: mean ``|M(source) - M(base)|``.
-        ``normalised``, ``unit_normalised``: the part of the gap that the patch closes, ``Σ s·(M(do) - M(base)) / Σ|gap|``
-        with s the sign of each pair's gap: 1 where the patch gives the source's output, 0 where it does nothing.
+        ``normalised``, ``unit_normalised``: the part of the gap that the patch closes,
+        ``Σ s·(M(do) - M(base)) / Σ|gap|`` with s the sign of each pair's gap: 1 where the patch gives the source's
+        output, 0 where it does nothing.
         Units that a layer does not have are NaN, as is everything where all gaps are 0.
 
     Source: Vig et al. 2020, arXiv:2004.12265; Zhang and Nanda 2024, arXiv:2309.16042.
@@ -114,12 +115,11 @@ class ActivationPatching(Method):
         units = before.shape[axis] if before.ndim > 1 else 0
         found = []
         for chunk in torch.arange(units + 1).split(max(1, _ROWS_PER_PASS // pairs)):
-            versions = before.expand(len(chunk) + 1, *before.shape).clone()  # the first stays unchanged
-            for version, which in enumerate(chunk.tolist(), start=1):
-                if which == 0:
-                    versions[version] = after
-                else:
-                    versions[version].select(axis, which - 1).copy_(after.select(axis, which - 1))
+            swapped = torch.zeros(len(chunk) + 1, max(units, 1), dtype=torch.bool, device=before.device)
+            swapped[1:] = chunk[:, None] == torch.arange(1, max(units, 1) + 1)  # the first version stays unchanged
+            swapped[1:][chunk == 0] = True  # patch 0 is the whole layer
+            shape = [len(chunk) + 1, *[units if units and i == axis else 1 for i in range(before.ndim)]]
+            versions = torch.where(swapped.view(shape), after, before)
             metrics = self._metrics(run_versions(model, base, site, versions, expected), model)
             found.append(metrics.unflatten(0, (len(chunk) + 1, pairs))[1:])
         return torch.cat(found)

@@ -114,7 +114,9 @@ class RidgeProbe(Method):
         parts = self.applies_to(parts)
         scored = self._scores(parts)
         labels = [self.labels(part.seen, part.model) for part in parts.values()]
-        layers = [f"{name}.{site}" if name else site for name, own in zip(parts, labels, strict=True) for site in own["layer"]]
+        layers = [
+            f"{name}.{site}" if name else site for name, own in zip(parts, labels, strict=True) for site in own["layer"]
+        ]
         kinds = [kind for own in labels for kind in own["layer_type"]]
         return replace(scored, labels=labels[0] | {"layer": layers, "layer_type": kinds})
 
@@ -125,7 +127,7 @@ class RidgeProbe(Method):
         targets = columns(seen.batch, named(self.target), rows).values()
         y = torch.stack([column.detach().double() for column in targets], 1).to(blocks[0].device)
         folds = self._folds(seen, rows)
-        finite = torch.tensor([bool(block.isfinite().all()) for block in blocks])
+        finite = torch.stack([block.sum() for block in blocks]).isfinite().cpu()  # NaN and infinity survive a sum
         design = _Designs([b if ok else torch.zeros_like(b) for b, ok in zip(blocks, finite, strict=True)], folds, self)
         reason = _target_reasons(y, folds)[None].repeat(len(blocks), 1)
         reason[~finite] = 4
@@ -177,14 +179,16 @@ class RidgeProbe(Method):
         memo = next(iter(parts.values())).seen.memo
         if "baselines" not in memo:
             memo["baselines"] = self._baseline_designs(parts, folds)
-        raw, initial = memo["baselines"]
+        designs = memo["baselines"]
         counts = torch.tensor([len(self.taps(part.model)) for part in parts.values()])
         usable = torch.isin(reason, torch.tensor([0, 4], dtype=torch.int8))
-        out = {"r2_observation": raw.best(y).repeat_interleave(counts, 0)}
-        out["r2_initial"] = initial.best(y) if initial else torch.full_like(out["r2_observation"], torch.nan)
+        scores = designs.best(y)
+        raw, initial = scores[: len(parts)].repeat_interleave(counts, 0), scores[len(parts) :]
+        out = {"r2_observation": raw, "r2_initial": initial if len(initial) else torch.full_like(raw, torch.nan)}
         return {name: torch.where(usable, score, torch.nan) for name, score in out.items()}
 
-    def _baseline_designs(self, parts: Parts, folds: Tensor) -> tuple[_Designs, _Designs | None]:
+    def _baseline_designs(self, parts: Parts, folds: Tensor) -> _Designs:
+        """Factorise the raw inputs of each network, then the layers of the initial networks."""
         raw, initial = [], []
         for part in parts.values():
             inputs = [part.seen.batch.get(key) for key in part.model.in_keys]
@@ -193,7 +197,7 @@ class RidgeProbe(Method):
                 sites = self.taps(part.model)
                 values, _ = look(part.seen.initial, part.seen.batch, sites)
                 initial += [_rows(values[site]) for site in sites]
-        return _Designs(raw, folds, self), _Designs(initial, folds, self) if initial else None
+        return _Designs(raw + initial, folds, self)
 
 
 class _Designs:
@@ -209,7 +213,9 @@ class _Designs:
                     "name the layers to probe: layers=(...)"
                 )
             batches.setdefault(max(64, 1 << (block.shape[1] - 1).bit_length()), []).append(i)
-        self._batches = [(index, RidgeDesign([blocks[i] for i in index], folds, probe.alphas)) for index in batches.values()]
+        self._batches = [
+            (index, RidgeDesign([blocks[i] for i in index], folds, probe.alphas)) for index in batches.values()
+        ]
 
     def score(self, y: Tensor) -> tuple[Tensor, Tensor]:
         scores = [design.score(y) for _, design in self._batches]
@@ -250,5 +256,3 @@ def _target_reasons(y: Tensor, folds: Tensor) -> Tensor:
 def _constant(column: Tensor) -> bool:
     # a spread below rounding is rounding
     return bool(column.max() - column.min() <= 1e-12 * column.abs().max())
-
-

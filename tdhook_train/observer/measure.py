@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,15 +38,32 @@ class Source:
 
 @dataclass(frozen=True)
 class Tick:
-    """The moment of a measurement, and what its randomness follows from."""
+    """The moment of a measurement, what its randomness follows from, and what is carried from tick to tick.
+
+    Args:
+        clock: the moment.
+        seed: of the observer.
+        previous: each row of the tick before.
+        memo: what stays the same between ticks on this batch, by method.
+    """
 
     clock: Times
-    seed: int
+    seed: int = 0
+    previous: Mapping[str, TensorDictBase | None] = field(default_factory=dict)
+    memo: dict[str, dict[Any, Any]] = field(default_factory=dict)
 
     def generator(self, name: str) -> torch.Generator:
-        """A fresh generator that depends on seed, step and method alone."""
+        """Make a generator that depends on seed, step and name alone."""
         digest = hashlib.blake2b(f"{self.seed}/{self.clock.step}/{name}".encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+    def told(self, row: str, place: int) -> dict[str, Any]:
+        """Return what a method of a row knows beyond the batch."""
+        return {
+            "generator": self.generator(f"{row}/{place}"),
+            "previous": self.previous.get(row),
+            "memo": self.memo.setdefault(f"{row}/{place}", {}),
+        }
 
 
 @dataclass(frozen=True)
@@ -59,13 +76,7 @@ class Row:
 
 
 def measure(
-    subject: Subject,
-    rows: Rows,
-    source: Source,
-    tick: Tick,
-    *,
-    previous: Mapping[str, TensorDictBase] | None = None,
-    memo: dict[str, dict[Any, Any]] | None = None,
+    subject: Subject, rows: Rows, source: Source, tick: Tick, failed: Callable[[str, Exception], None]
 ) -> list[Row]:
     """Measure every method on one batch, inside ``subject.view.open``.
 
@@ -74,8 +85,7 @@ def measure(
         rows: the methods of each row.
         source: on what.
         tick: when.
-        previous: each row of the tick before.
-        memo: what stays the same between ticks on this batch, by row.
+        failed: told the row and the error of a method; where it does not raise, that row is left out.
     """
     began = time.perf_counter()
     parts = _look(subject, rows, source, tick)
@@ -83,17 +93,15 @@ def measure(
     out = []
     for name, methods in rows.items():
         began = time.perf_counter()
-        own = {} if memo is None else memo
-        found = []
-        for method in methods:
-            _refuse_unknown_groups(subject, method, source)
-            known = {
-                "generator": tick.generator(name),
-                "previous": (previous or {}).get(name),
-                "memo": own.setdefault(f"{name}/{len(found)}", {}),
-            }
-            found.append(method.across({n: part.told(**known) for n, part in parts.items()}))
-        out.append(Row(name, merge(found), time.perf_counter() - began + shared_s))
+        try:
+            for method in methods:
+                _refuse_unknown_groups(subject, method, source)
+            told = [{n: part.told(**tick.told(name, i)) for n, part in parts.items()} for i in range(len(methods))]
+            measured = merge([method.across(known) for method, known in zip(methods, told, strict=True)])
+        except Exception as error:  # whatever a method raises is its own; what follows is the observer's to say
+            failed(name, error)
+            continue
+        out.append(Row(name, measured, time.perf_counter() - began + shared_s))
     return out
 
 

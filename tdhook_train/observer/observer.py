@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from tensordict import TensorDictBase
 from torch import nn
@@ -22,6 +22,7 @@ from tdhook_train.observer.probe_set import ProbeSet
 from tdhook_train.observer.subject import Subject
 from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.schedule import Budget, Clock, Trigger
+from tdhook_train.undo import Undo
 
 __all__ = ["Observer"]
 
@@ -76,12 +77,14 @@ class Observer:
             raise SettingsError(f"on_error={on_error!r}{did_you_mean(on_error, ('raise', 'warn', 'skip'))}")
         self.when, self.budget, self.seed, self.on_error = when, budget, seed, on_error
         self.sources = _named_sources(on)
-        made = not isinstance(into, ArtifactBuffer)
-        self.buffer = ArtifactBuffer(into, resume=resume, overwrite=overwrite) if made else into
+        if not isinstance(into, ArtifactBuffer):
+            into = ArtifactBuffer(into, resume=resume, overwrite=overwrite)
+        self.buffer = into
         self.clock = Clock()
         self.meter = Meter()
         self.subject: Subject | None = None
         self.present_step: Callable[[], int] | None = None  # set by a front door that counts optimizer steps
+        self.undo = Undo()  # what front doors put on models and optimizers, taken off by close()
         self._paused = 0
         self._closed = False
         self._measured_step: int | None = None
@@ -91,9 +94,7 @@ class Observer:
 
     # ------------------------------------------------------------------ what is observed
 
-    def attach(
-        self, model: nn.Module, *, in_keys: list[str] | None = None, out_keys: list[str] | None = None
-    ) -> None:
+    def attach(self, model: nn.Module, *, in_keys: list[str] | None = None, out_keys: list[str] | None = None) -> None:
         """Begin to observe a model: check what can be checked now, and remember its weights as the initial ones.
 
         Called by the first :meth:`step` where nobody called it before; front doors call it when they are made.
@@ -180,9 +181,10 @@ class Observer:
             self._paused -= 1
 
     def close(self) -> None:
-        """Let go of the model and of the buffer. Safe to call twice."""
+        """Take off every hook and let go of the model and the buffer. Safe to call twice."""
         if not self._closed:
             self._closed = True
+            self.undo.close()
             self.subject = None
             self._last_batch = None
             self._memo.clear()
@@ -212,38 +214,32 @@ class Observer:
 
     def _tick(self, model: nn.Module, *, free: bool = False) -> bool:
         began = time.perf_counter()
-        if self.subject is None or self.subject.model is not model:
-            self.attach(model)
-        if not free and self.budget and not self.budget.allows(self.meter.spent_s, self.meter.last_s, self.meter.training_s):
+        meter = self.meter
+        if not free and self.budget and not self.budget.allows(meter.spent_s, meter.last_s, meter.training_s):
             self._skip("budget", f"{self.meter.share:.2%} of training time spent observing")
             return False
-        sources = self._ready_sources()
         by_method_s: dict[str, float] = {}
-        committed = False
         try:
-            for name, source in sources.items():
-                rows, weights = self._measure(name, source)
+            for name, source in self._ready_sources().items():
+                rows, weights = self._measure(model, name, source)
                 for row in rows:
-                    by_method_s[row.name] = by_method_s.get(row.name, 0.0) + row.cost_s
                     self._commit(row, name, source, weights)
-                    committed = True
-        except Exception as error:  # what a method raises is its own; only the policy is ours
-            self._failed(error)
+                    by_method_s[row.name] = by_method_s.get(row.name, 0.0) + row.cost_s
         finally:
-            self.meter.add(time.perf_counter() - began, by_method_s, budgeted=self.budget is not None)
-        if committed:
+            meter.add(time.perf_counter() - began, by_method_s, budgeted=self.budget is not None)
+        if by_method_s:
             self._measured_step = self.clock.step
-        return committed
+        return bool(by_method_s)
 
-    def _measure(self, name: str, source: Source) -> tuple[list[Row], int]:
-        assert self.subject is not None  # noqa: S101 - attach() came first; tells the type checker
-        tick = Tick(self.clock.now, self.seed)
+    def _measure(self, model: nn.Module, name: str, source: Source) -> tuple[list[Row], int]:
+        if self.subject is None or self.subject.model is not model:
+            self.attach(model)
+        subject = cast(Subject, self.subject)
         fixed = isinstance(self.sources[name], ProbeSet)
-        memo = self._memo.setdefault(name, {}) if fixed else None
-        previous = {row: self._previous[self._row_name(row, name)] for row in self.methods if self._row_name(row, name) in self._previous}
-        with self.subject.view.open(seed=tick.generator("model").initial_seed() % (1 << 63)):
-            rows = measure(self.subject, self.methods, source, tick, previous=previous, memo=memo)
-            return rows, self.subject.fingerprint()
+        previous = {row: self._previous.get(self._row_name(row, name)) for row in self.methods}
+        tick = Tick(self.clock.now, self.seed, previous, self._memo.setdefault(name, {}) if fixed else {})
+        with subject.view.open(seed=tick.generator("model").initial_seed()):
+            return measure(subject, self.methods, source, tick, self._failed), subject.fingerprint()
 
     def _commit(self, row: Row, source_name: str, source: Source, weights: int) -> None:
         name = self._row_name(row.name, source_name)
@@ -278,7 +274,12 @@ class Observer:
                     continue
                 self._store(name, source)
                 found[name] = Source(
-                    source.td, source.fingerprint, source.groups, source.ordered, source.independent, source.feature_names
+                    source.td,
+                    source.fingerprint,
+                    source.groups,
+                    source.ordered,
+                    source.independent,
+                    source.feature_names,
                 )
                 continue
             if self._last_batch is None:
@@ -299,12 +300,12 @@ class Observer:
     def _skip(self, why: str, detail: str) -> None:
         self.buffer.note("skip", step=self.clock.step, frames=self.clock.frames, why=why, detail=detail)
 
-    def _failed(self, error: Exception) -> None:
-        self.buffer.note("error", step=self.clock.step, error=f"{type(error).__name__}: {error}")
+    def _failed(self, row: str, error: Exception) -> None:
+        self.buffer.note("error", step=self.clock.step, row=row, error=f"{type(error).__name__}: {error}")
         if self.on_error == "raise":
             raise error
         if self.on_error == "warn":
-            warnings.warn(f"observing step {self.clock.step} failed: {error}", stacklevel=2)
+            warnings.warn(f"measuring {row!r} at step {self.clock.step} failed: {error}", stacklevel=2)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -314,12 +315,13 @@ class Observer:
 def _grouped(methods: Mapping[str, Method | Sequence[Method]]) -> dict[str, tuple[Method, ...]]:
     if not methods:
         raise SettingsError('an observer needs methods, e.g. {"probe": RidgeProbe(target="action")}')
-    grouped = {name: (given,) if isinstance(given, Method) else tuple(given) for name, given in methods.items()}
-    for name, group in grouped.items():
-        for method in group:
+    grouped: dict[str, tuple[Method, ...]] = {}
+    for name, given in methods.items():
+        grouped[name] = tuple(given) if isinstance(given, list | tuple) else (cast(Method, given),)
+        for method in grouped[name]:
             if not isinstance(method, Method):
                 raise SettingsError(f"methods[{name!r}] holds {method!r}, which is no Method")
-        if not group:
+        if not grouped[name]:
             raise SettingsError(f"methods[{name!r}] is empty")
     return grouped
 
@@ -330,5 +332,3 @@ def _named_sources(on: On) -> dict[str, Literal["batch"] | ProbeSet]:
         if source != "batch" and not isinstance(source, ProbeSet):
             raise SettingsError(f'on={source!r} ({name or "on"}) is neither "batch" nor a ProbeSet')
     return named
-
-

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -22,7 +22,7 @@ __all__ = ["ProbeSet"]
 _TRAJECTORY_KEYS: tuple[NestedKey, ...] = (("collector", "traj_ids"), "traj_ids")
 _DONE_KEYS: tuple[NestedKey, ...] = (("next", "done"), "done")
 
-Groups = Tensor | NestedKey | Literal["auto", "rows"]
+Groups = Any  # a tensor, a key of the batch, "auto" or "rows"
 
 
 class ProbeSet:
@@ -98,7 +98,9 @@ class ProbeSet:
     def td(self) -> TensorDictBase:
         """The batch, ``[rows]``."""
         if self._td is None:
-            raise KeyMissingError(f"the probe set is not complete: {self._pending.seen} of {self._pending.frames} frames")
+            raise KeyMissingError(
+                f"the probe set is not complete: {self._pending.seen} of {self._pending.frames} frames"
+            )
         return self._td
 
     def __len__(self) -> int:
@@ -121,7 +123,9 @@ class ProbeSet:
             if key not in td.keys(include_nested=True):
                 raise KeyMissingError(f"feature_names names {key!r}, which the probe set has not")
             if td.get(key).shape[-1] != len(names):
-                raise SettingsError(f"feature_names has {len(names)} names for {key!r} of {td.get(key).shape[-1]} features")
+                raise SettingsError(
+                    f"feature_names has {len(names)} names for {key!r} of {td.get(key).shape[-1]} features"
+                )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the probe set to one file."""
@@ -172,7 +176,12 @@ class _Pending:
         def passing(batch: TensorDictBase) -> TensorDictBase:
             return add(batch if before is None else before(batch))
 
-        self.undo.set(collector, "postproc", passing)
+        def put_back() -> None:
+            if collector.postproc is passing:  # somebody's own postproc may wrap ours by now: then ours only passes
+                collector.postproc = before
+
+        collector.postproc = passing
+        self.undo.callback(put_back)
 
     def take(self, batch: TensorDictBase) -> None:
         private = [key for key in batch.keys(include_nested=True) if any(p.startswith("_") for p in _path(key))]

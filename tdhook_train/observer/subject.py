@@ -27,9 +27,7 @@ class Subject:
         out_keys: likewise.
     """
 
-    def __init__(
-        self, model: nn.Module, in_keys: list[str] | None = None, out_keys: list[str] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, in_keys: list[str] | None = None, out_keys: list[str] | None = None) -> None:
         self.model = model
         self.is_loss = is_loss(model)
         self.view: View = isolated(model)

@@ -107,7 +107,7 @@ def _span(key: NestedKey, parts: Mapping[str, Measured], labels: Labels) -> Tens
 def _placed(part: Measured, key: NestedKey, sizes: Sequence[int], labels: Labels) -> Tensor:
     value, names = part.values[key], part.dims[key]
     places: list[Tensor] = []
-    for i, (dim, size) in enumerate(zip(value.shape, sizes, strict=True)):
+    for i, dim in enumerate(value.shape):
         if names[i] != "layer" and names[i] in part.labels:
             places.append(torch.tensor([labels[names[i]].index(label) for label in part.labels[names[i]]]))
         else:

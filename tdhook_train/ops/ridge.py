@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["RidgeDesign"]
 
@@ -109,23 +111,38 @@ class RidgeDesign:
         return _Moments(total, mean, test, spread, squares.sum(0))
 
     def _errors(self, x: Tensor, y: Tensor, moments: _Moments, dtype: torch.dtype) -> Tensor:
-        """Sum of squared errors on each fold of the fit to the others, ``[alpha, fold, block, target]``."""
+        """Sum of squared errors on each fold of the fit to the others, ``[alpha, fold, block, target]``.
+
+        Targets before features throughout, so that sums over features run along memory.
+        """
         parts = zip(x.flatten(1).split(self.sizes), y.split(self.sizes), strict=True)
-        d = x.shape[-1]
-        products = torch.stack([(a.T @ b).view(self.blocks, d, -1) for a, b in parts])  # XᵀY, [fold, block, d, target]
-        values, vectors = self._values.to(dtype), self._vectors.to(dtype)
-        mean, total = self._mean.to(dtype), self._total.to(dtype)
-        n, n_train = self._n[..., None].to(dtype), self._n_train[..., None].to(dtype)
-        mean_y, total_y = moments.train_mean[:, None, :], moments.total[:, None, :]
-        both = _outer(mean, mean_y)
-        train = products.sum(0) - products - n_train * both
-        test = products - _outer(total, mean_y) - _outer(mean, total_y) + n * both
-        train, test, gram = vectors.mT @ train, vectors.mT @ test, self._test.to(dtype)
+        products = [(b.T @ a).view(-1, *x.shape[1:]).transpose(0, 1) for a, b in parts]  # YᵀX, [block, target, d]
+        train, test = self._rotated(torch.stack(products), moments, dtype)
+        values, gram = self._values.to(dtype).flatten(0, 1)[:, None, :], self._test.to(dtype).flatten(0, 1)
         errors = []
         for alpha in self.alphas:
-            weights = train / (values[..., None] + alpha)
-            errors.append(((gram @ weights - 2 * test) * weights).sum(-2))
-        return torch.stack(errors) + moments.test[:, None, :]
+            weights = train * (values + alpha).reciprocal()
+            # wᵀGw - 2wᵀt, as the sum over w ∘ (Gw - 2t)
+            errors.append(torch.baddbmm(test, weights, gram, beta=-2).mul_(weights).sum(-1))
+        folded = torch.stack(errors).unflatten(1, (len(self.sizes), self.blocks))
+        return folded + moments.test[:, None, :]
+
+    def _rotated(self, products: Tensor, moments: _Moments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Covariances of targets and features in the eigenbasis, of the training rows and of the held-out ones.
+
+        Both about the means of the training rows, ``[fold * block, target, d]``.
+        """
+        to_basis = self._vectors.to(dtype).flatten(0, 1)
+        each = partial(torch.repeat_interleave, repeats=self.blocks, dim=0)  # [fold, ...] -> [fold * block, ...]
+        n, n_train = each(self._n[:, 0].to(dtype)), each(self._n_train[:, 0].to(dtype))  # [fold * block, 1]
+        mean_y, total_y = each(moments.train_mean), each(moments.total)
+        mean, total = (part.to(dtype).flatten(0, 1)[:, None, :] @ to_basis for part in (self._mean, self._total))
+        test = products.flatten(0, 1) @ to_basis
+        train = (products.sum(0).repeat(len(self.sizes), 1, 1) @ to_basis).sub_(test)
+        train.baddbmm_((n_train * mean_y)[..., None], mean, alpha=-1)
+        # Σ(y - m_y)(x - m) = Σyx - m_y·Σx - (Σy - n·m_y)·m
+        left, right = torch.stack([mean_y, total_y - n * mean_y], -1), torch.cat([total, mean], 1)
+        return train, test.baddbmm_(left, right, alpha=-1)
 
     def _averaged(self, errors: Tensor, moments: _Moments) -> Tensor:
         varies = moments.spread > 0
@@ -136,18 +153,13 @@ class RidgeDesign:
 def _side_by_side(blocks: Sequence[Tensor], order: Tensor) -> Tensor:
     """Gather the rows of each block in order, zero-padded to one width: ``[n, block, width]``."""
     width = max(block.shape[1] for block in blocks)
-    if all(block.shape[1] == width for block in blocks):
-        return torch.stack(tuple(blocks), 1)[order]
-    out = blocks[0].new_zeros(len(order), len(blocks), width)
-    for i, block in enumerate(blocks):
-        out[:, i, : block.shape[1]] = block[order]
-    return out
+    return torch.stack([functional.pad(block, (0, width - block.shape[1])) for block in blocks], 1)[order]
 
 
 def _centred(x: Tensor) -> Tensor:
     # float64 before the mean is taken off: in float32 the centring alone is off by 4e-10
-    x = x.double()
-    return x - x.mean(0)
+    x = x.to(torch.float64, copy=True)
+    return x.sub_(x.mean(0))
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

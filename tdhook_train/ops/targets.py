@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensordict import NestedKey, TensorDictBase
@@ -73,7 +73,7 @@ def named(target: Target | Sequence[Target] | Mapping[str, Target]) -> dict[str,
 
 
 def columns(td: TensorDictBase, targets: Mapping[str, Target], rows: int) -> dict[str, Tensor]:
-    """Read targets as one column ``[rows]`` each; a target of several features becomes ``name.0``, ``name.1``, …"""
+    """Read targets as one column ``[rows]`` each; several features become ``name.0``, ``name.1`` and so on."""
     out: dict[str, Tensor] = {}
     for name, target in targets.items():
         value = read(td, target)

@@ -35,7 +35,9 @@ def methods_for(ppo: Ppo) -> dict[str, Method | list[Method]]:
     velocities = {name: ("observation", i) for i, name in enumerate(ppo.features) if "velocity" in name}
     return {
         "probe": RidgeProbe(target=action | {"value": "state_value"} | velocities),
-        "attribution": IntegratedGradients(targets=location | {"value": "state_value"}, rows=64, baseline="mean"),
+        "attribution": IntegratedGradients(
+            targets=location | {"value": "state_value"}, points=32, rows=64, baseline="mean"
+        ),
         "patching": ActivationPatching(targets=action | {"value": "state_value"}),
         "health": [DormantUnits(), DeadUnits(), EffectiveRank()],
     }
@@ -43,7 +45,7 @@ def methods_for(ppo: Ppo) -> dict[str, Method | list[Method]]:
 
 def schedule(total_steps: int) -> Trigger:
     """Geometric ticks, close together where training is young, plus one every 2 % of it; about 64 in all."""
-    return At(0) | Geometric(first=1, last=total_steps, n=14) | Every(fraction=0.02, total_steps=total_steps)
+    return At(0) | Geometric(first=1, last=total_steps, n=10) | Every(fraction=0.02, total_steps=total_steps)
 
 
 def observed(ppo: Ppo, into: ArtifactBuffer | str | os.PathLike[str], *, seed: int = 0) -> Observer:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from tdhook_train.errors import NetworkError
 from tdhook_train.isolation import is_loss
@@ -51,7 +50,7 @@ def _silent() -> _Hook:
     return _Hook(None, counts_calls=False)
 
 
-class _Handle:
+class Handle:
     """Takes the observation off a loss again."""
 
     def __init__(self, undo: Undo) -> None:
@@ -62,10 +61,8 @@ class _Handle:
         self._undo.close()
 
 
-def observe_loss(
-    loss: nn.Module, observer: Observer, *, optimizer: torch.optim.Optimizer | None = None
-) -> RemovableHandle | _Handle:
-    """Observe a TorchRL loss until the returned handle is removed: see :func:`ObservedLoss`."""
+def observe_loss(loss: nn.Module, observer: Observer, *, optimizer: torch.optim.Optimizer | None = None) -> Handle:
+    """Observe a TorchRL loss until the handle is removed or the observer is closed: see :func:`ObservedLoss`."""
     if not isinstance(loss, nn.Module) or not is_loss(loss):
         raise NetworkError(
             f"expected a TorchRL loss module, got {type(loss).__name__}; for any other module call "
@@ -79,12 +76,12 @@ def observe_loss(
         if optimizer is not None:
             undo.hook(optimizer.register_step_post_hook(hook.count))
         undo.set(observer, "present_step", lambda: hook.steps)
-        return _Handle(undo.pop_all())
+        handle = Handle(undo.pop_all())
+    observer.undo.callback(handle.remove)
+    return handle
 
 
-def ObservedLoss(  # noqa: N802 - reads as the type it stands for: the loss itself
-    loss: nn.Module, observer: Observer, optimizer: torch.optim.Optimizer | None = None
-) -> Any:
+def ObservedLoss(loss: nn.Module, observer: Observer, optimizer: torch.optim.Optimizer | None = None) -> Any:
     """Return ``loss`` itself, observed: every call in training tells the observer where the training is.
 
     The same object comes back, with a forward pre-hook on it: its state_dict, parameters, keys, target updaters,

@@ -300,7 +300,7 @@ def test_first_frames_keep_whole_trajectories_in_time_order() -> None:
     assert probe_set.groups is not None
     assert probe_set.groups.tolist() == [0, 0, 0, 1, 1, 3, 3, 3]  # 2 was cut off
     assert probe_set.td["t"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
-    assert "_private" not in probe_set.td.keys()
+    assert "_private" not in set(probe_set.td.keys())
     assert probe_set.ordered
 
 

@@ -37,7 +37,7 @@ def everything(ppo: Ppo, batches: list[TensorDictBase]) -> dict[str, Any]:
         "optimizer": ppo.optimizer.state_dict(),
         "data": [batch.to_dict() for batch in batches],
         "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state()[1],  # noqa: NPY002 - the global state is what is compared
+        "numpy": np.random.get_state()[1],
         "python": random.getstate(),
     }
 
@@ -76,7 +76,7 @@ def observe(ppo: Ppo, into: Path, methods: dict[str, Any] | None = None) -> Obse
 
 def fresh(name: str) -> Ppo:
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     return make_ppo(name, frames=FRAMES, seed=3, frames_per_batch=PER_BATCH)
 
 
