@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -43,9 +44,10 @@ def demo(
     import pandas as pd
 
     from tdhook_train.buffer import ArtifactBuffer
-    from tdhook_train.plots import final_scores, write_report
+    from tdhook_train.plots import score_table, write_report
     from tdhook_train.rl.demo import Demo
 
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notes would tear the progress bar
     outcome = Demo(frames=frames, env=env, seed=seed, out=out, overwrite=overwrite).run()
     with ArtifactBuffer.open(outcome.artifacts) as buffer:
         if not len(buffer):
@@ -54,7 +56,7 @@ def demo(
         report = write_report(
             buffer, out, training=pd.read_csv(outcome.training), facts={"environment": env, "seed": seed}
         )
-        typer.echo(final_scores(buffer).to_string(float_format="{:.2f}".format))
+        typer.echo(score_table(buffer))
     typer.echo(report)
     if outcome.interrupted:
         raise typer.Exit(130)

@@ -53,7 +53,7 @@ class EffectiveRank(Method):
             index = [i for i, value in enumerate(values) if value.shape == shape]
             batch = torch.stack([values[i] for i in index]).double()
             mean = batch.mean(1, keepdim=True)
-            spread = _gram(batch - mean)
+            spread = _gram(batch.sub_(mean))  # of a copy: stack() made it
             centred[index] = _effective_rank(spread).cpu()
             raw[index] = _effective_rank(spread + len(batch[0]) * mean.mT @ mean).cpu()
         return TensorDict({"effective_rank": raw, "effective_rank_centred": centred}, batch_size=[])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,16 +17,17 @@ from torch.nn import functional
 
 __all__ = ["RidgeDesign"]
 
+_CACHED = 1 << 18  # numbers worked on at a time: what stays in a core's cache, measured fastest
+
 
 @dataclass(frozen=True)
 class _Moments:
-    """Of the targets, fold by fold, about their overall mean; ``[fold, target]`` unless said otherwise."""
+    """Of the targets, fold by fold, about their overall mean: ``[fold, target]``."""
 
     total: Tensor  # Σy
     train_mean: Tensor  # mean of the rows outside the fold
     test: Tensor  # Σ(y - train_mean)² in the fold
     spread: Tensor  # Σ(y - fold mean)² in the fold
-    overall: Tensor  # Σy² over all rows, [target]
 
 
 class RidgeDesign:
@@ -46,15 +46,14 @@ class RidgeDesign:
         self.blocks = len(blocks)
         device = blocks[0].device
         self._order = self.order.to(device)
-        self._x = _centred(_side_by_side(blocks, self._order))  # [n, block, width]
+        self._x = _centred(_by_fold(blocks, self._order.split(self.sizes)))  # [n of the fold, block, width] a fold
         n = torch.tensor(self.sizes, dtype=torch.float64, device=device)[:, None, None]  # [fold, 1, 1]
         self._n, self._n_train = n, n.sum() - n
         self._factorise()
 
     def _factorise(self) -> None:
-        parts = self._x.split(self.sizes)
-        gram = torch.stack([part.permute(1, 2, 0) @ part.permute(1, 0, 2) for part in parts])  # [fold, block, d, d]
-        self._total = torch.stack([part.sum(0) for part in parts])  # [fold, block, d]
+        gram = torch.stack([x.permute(1, 2, 0) @ x.permute(1, 0, 2) for x in self._x])  # [fold, block, d, d]
+        self._total = torch.stack([x.sum(0) for x in self._x])  # [fold, block, d]
         self._mean = (self._total.sum(0) - self._total) / self._n_train  # of the training rows
         outer = _outer(self._mean, self._mean)
         train = gram.sum(0) - gram - self._n_train[..., None] * outer
@@ -74,9 +73,9 @@ class RidgeDesign:
             which a target does not vary are left out of the average; NaN where no fold is left.
         """
         y = (y - y.mean(0))[self._order]
-        moments = self._moments(y)
-        errors = self._errors(self._x, y, moments, torch.float64)  # [alpha, fold, block, target]
-        return self._averaged(errors, moments), (1 - errors.sum(1) / moments.overall).permute(1, 2, 0)
+        shares, errors = self._errors(y, self._moments(y))
+        overall = y.square().sum(0)
+        return _path(1 - shares), _path(1 - errors / overall)
 
     def score_shifted(self, y: Tensor, shifts: Tensor) -> Tensor:
         """Score targets whose rows were turned within their folds, taking the best penalty for each.
@@ -95,9 +94,8 @@ class RidgeDesign:
         count, width = shifts.shape[0], y.shape[1]
         turned = y.float()[shifts[:, self.order].to(y.device)].permute(1, 0, 2).reshape(len(y), count * width)
         wide = _Moments(*(_tile(part, count).float() for part in vars(moments).values()))
-        errors = self._errors(self._x.float(), turned, wide, torch.float32)
-        best = self._averaged(errors, wide).amax(-1)
-        return best.reshape(self.blocks, count, width).transpose(0, 1).double()
+        shares, _ = self._errors(turned, wide)
+        return (1 - shares.amin(0)).reshape(self.blocks, count, width).transpose(0, 1).double()
 
     def _moments(self, y: Tensor) -> _Moments:
         parts = y.split(self.sizes)
@@ -108,58 +106,69 @@ class RidgeDesign:
         test = squares - 2 * total * mean + n * mean.square()
         # about each fold's own mean, from the rows: squares - total²/n would cancel
         spread = torch.stack([(part - part.mean(0)).square().sum(0) for part in parts])
-        return _Moments(total, mean, test, spread, squares.sum(0))
+        return _Moments(total, mean, test, spread)
 
-    def _errors(self, x: Tensor, y: Tensor, moments: _Moments, dtype: torch.dtype) -> Tensor:
-        """Sum of squared errors on each fold of the fit to the others, ``[alpha, fold, block, target]``.
+    def _errors(self, y: Tensor, moments: _Moments) -> tuple[Tensor, Tensor]:
+        """Fit to all folds but one, predict that one: what is left unexplained, ``[alpha, block, target]``.
 
-        Targets before features throughout, so that sums over features run along memory.
+        In the precision of ``y``, fold by fold, so that what is worked on stays small; targets before features, so
+        that sums over features run along memory.
+
+        Returns:
+            The unexplained share of a fold's variance, averaged over the folds in which the target varies, and the
+            squared error summed over all folds.
         """
-        parts = zip(x.flatten(1).split(self.sizes), y.split(self.sizes), strict=True)
-        products = [(b.T @ a).view(-1, *x.shape[1:]).transpose(0, 1) for a, b in parts]  # YᵀX, [block, target, d]
-        train, test = self._rotated(torch.stack(products), moments, dtype)
-        values, gram = self._values.to(dtype).flatten(0, 1)[:, None, :], self._test.to(dtype).flatten(0, 1)
-        errors = []
-        for alpha in self.alphas:
-            weights = train * (values + alpha).reciprocal()
-            # wᵀGw - 2wᵀt, as the sum over w ∘ (Gw - 2t)
-            errors.append(torch.baddbmm(test, weights, gram, beta=-2).mul_(weights).sum(-1))
-        folded = torch.stack(errors).unflatten(1, (len(self.sizes), self.blocks))
-        return folded + moments.test[:, None, :]
+        parts = zip(self._x, y.split(self.sizes), strict=True)
+        # YᵀX, [block, target, d] a fold
+        products = [(b.T @ x.flatten(1).to(y.dtype)).view(-1, *x.shape[1:]).transpose(0, 1) for x, b in parts]
+        whole = torch.stack(products).sum(0)
+        varies = moments.spread > 0
+        weight = torch.where(varies, 1 / moments.spread, 0) / varies.sum(0)  # 0 / 0 where it varies in no fold
+        shares = errors = torch.zeros((), dtype=y.dtype, device=y.device)
+        for k, part in enumerate(products):
+            error = self._fold_errors(k, part, whole, moments)
+            shares, errors = shares + error * weight[k], errors + error
+        return shares, errors
 
-    def _rotated(self, products: Tensor, moments: _Moments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Covariances of targets and features in the eigenbasis, of the training rows and of the held-out ones.
-
-        Both about the means of the training rows, ``[fold * block, target, d]``.
-        """
-        to_basis = self._vectors.to(dtype).flatten(0, 1)
-        each = partial(torch.repeat_interleave, repeats=self.blocks, dim=0)  # [fold, ...] -> [fold * block, ...]
-        n, n_train = each(self._n[:, 0].to(dtype)), each(self._n_train[:, 0].to(dtype))  # [fold * block, 1]
-        mean_y, total_y = each(moments.train_mean), each(moments.total)
-        mean, total = (part.to(dtype).flatten(0, 1)[:, None, :] @ to_basis for part in (self._mean, self._total))
-        test = products.flatten(0, 1) @ to_basis
-        train = (products.sum(0).repeat(len(self.sizes), 1, 1) @ to_basis).sub_(test)
-        train.baddbmm_((n_train * mean_y)[..., None], mean, alpha=-1)
+    def _fold_errors(self, k: int, part: Tensor, whole: Tensor, moments: _Moments) -> Tensor:
+        """Squared errors on fold k, ``[alpha, block, target]``."""
+        dtype = whole.dtype
+        vectors, values, gram = (x[k].to(dtype) for x in (self._vectors, self._values, self._test))
+        n, n_train = (float(x[k]) for x in (self._n, self._n_train))
+        mean_y, total_y = (x[k].expand(self.blocks, -1) for x in (moments.train_mean, moments.total))
+        mean, total = (x[k].to(dtype)[:, None, :] @ vectors for x in (self._mean, self._total))  # [block, 1, d]
+        # covariances of targets and features in the eigenbasis, about the means of the training rows
+        test = part @ vectors
+        train = (whole @ vectors).sub_(test)
+        train.baddbmm_(mean_y[..., None], mean, alpha=-n_train)
         # Σ(y - m_y)(x - m) = Σyx - m_y·Σx - (Σy - n·m_y)·m
         left, right = torch.stack([mean_y, total_y - n * mean_y], -1), torch.cat([total, mean], 1)
-        return train, test.baddbmm_(left, right, alpha=-1)
+        test.baddbmm_(left, right, alpha=-1)
+        inverse = 1 / (values[:, None, :] + values.new_tensor(self.alphas)[:, None])  # [block, alpha, d]
+        errors = []
+        for some in inverse.split(max(1, _CACHED // train.numel()), dim=1):
+            weights = train[:, None] * some[:, :, None, :]  # [block, alpha, target, d]
+            # wᵀGw - 2wᵀt, as the sum over w ∘ (Gw - 2t)
+            slopes = (weights.flatten(1, 2) @ gram).view_as(weights).sub_(test[:, None], alpha=2)
+            errors.append(slopes.mul_(weights).sum(-1))
+        return torch.cat(errors, 1).transpose(0, 1) + moments.test[k]
 
-    def _averaged(self, errors: Tensor, moments: _Moments) -> Tensor:
-        varies = moments.spread > 0
-        r2 = 1 - errors / torch.where(varies, moments.spread, torch.nan)[:, None, :]
-        return r2.nanmean(1).permute(1, 2, 0)
 
-
-def _side_by_side(blocks: Sequence[Tensor], order: Tensor) -> Tensor:
-    """Gather the rows of each block in order, zero-padded to one width: ``[n, block, width]``."""
+def _by_fold(blocks: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+    """Gather the rows of each fold, blocks side by side and zero-padded to one width, in float64."""
     width = max(block.shape[1] for block in blocks)
-    return torch.stack([functional.pad(block, (0, width - block.shape[1])) for block in blocks], 1)[order]
+    wide = [functional.pad(block, (0, width - block.shape[1])) for block in blocks]
+    return [torch.stack([block[index] for block in wide], 1).double() for index in rows]
 
 
-def _centred(x: Tensor) -> Tensor:
-    # float64 before the mean is taken off: in float32 the centring alone is off by 4e-10
-    x = x.to(torch.float64, copy=True)
-    return x.sub_(x.mean(0))
+def _centred(x: list[Tensor]) -> list[Tensor]:
+    # in float64 already: in float32 the centring alone is off by 4e-10
+    mean = torch.stack([part.sum(0) for part in x]).sum(0) / sum(len(part) for part in x)
+    return [part.sub_(mean) for part in x]
+
+
+def _path(r2: Tensor) -> Tensor:
+    return r2.permute(1, 2, 0)  # [alpha, block, target] -> [block, target, alpha]
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

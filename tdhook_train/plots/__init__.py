@@ -18,6 +18,6 @@ from tdhook_train.plots.heat_map import heat_map
 from tdhook_train.plots.lines import lines
 from tdhook_train.plots.panels import HeatPanel, Line, LinePanel, Mark
 from tdhook_train.plots.report import write_report
-from tdhook_train.plots.tables import final_scores
+from tdhook_train.plots.tables import final_scores, score_table
 
-__all__ = ["HeatPanel", "Line", "LinePanel", "Mark", "final_scores", "heat_map", "lines", "write_report"]
+__all__ = ["HeatPanel", "Line", "LinePanel", "Mark", "final_scores", "heat_map", "lines", "score_table", "write_report"]

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from tdhook_train.plots import final_scores, score_table
 from tdhook_train.plots.labels import by_network, network_name, short_layers, thin_out
 from tdhook_train.plots.png import main_targets, spread
 from tdhook_train.plots.step_axis import count, edges, positions, ticks
@@ -84,3 +85,16 @@ def test_the_picture_shows_action_value_and_a_velocity_where_there_are_such():
     assert main_targets(["x", "cart velocity", "value", "action"]) == ["action", "value", "cart velocity"]
     assert main_targets(["a", "b", "c", "d"]) == ["a", "b", "c"]
     assert main_targets(["speed"]) == ["speed"]
+
+
+def test_score_table_marks_what_is_no_evidence(run):
+    table = score_table(run)
+    scores = final_scores(run)
+    lines = {line.split()[0]: line for line in table.splitlines()[1:] if line.startswith(("actor", "critic"))}
+    assert list(lines) == list(scores.index)
+    for target in scores.columns.get_level_values("target").unique():
+        for layer, row in scores[target].iterrows():
+            known = "~" if row["r2"] <= row["initial network"] + 0.01 else ""
+            mark = "-" if row["r2"] <= row["null"] else known
+            assert f"{row['r2']:.2f} {mark}".strip() in lines[layer]
+    assert table.splitlines()[-2].startswith("raw observation")

@@ -13,13 +13,13 @@ from tdhook_train.plots.labels import by_network, network_name, short_layers
 from tdhook_train.plots.panels import Array, HeatPanel, Mark, Mask
 from tdhook_train.plots.sections.section import Picture, Section
 from tdhook_train.plots.source import Table, holding, read, read_like
+from tdhook_train.plots.tables import MARGIN
 
 if TYPE_CHECKING:
     from tdhook_train.buffer import ArtifactBuffer
 
 __all__ = ["LEGEND", "MARGIN", "not_above_null", "panels", "section", "targets"]
 
-MARGIN = 0.01  # of R²: a smaller lead over the initial network is within the scatter between ticks
 LEGEND = {
     "grey": "no evidence: R² does not beat the null",
     "dots": f"no better than the same layer before training (lead ≤ {MARGIN})",
