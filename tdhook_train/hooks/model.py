@@ -46,14 +46,17 @@ class HookedModel:
         *,
         name: str = "",
     ) -> None:
-        self.module = model
+        model = getattr(model, "_orig_mod", model)  # of torch.compile: paths are those of what was compiled
+        self.module: nn.Module = model
         self.name = name
         self._speaks_tensordict = isinstance(model, TensorDictModuleBase)
-        own_in = model.in_keys if self._speaks_tensordict else ["input"]
-        own_out = model.out_keys if self._speaks_tensordict else ["output"]
-        self.in_keys: list[NestedKey] = list(in_keys or own_in)
-        self.out_keys: list[NestedKey] = list(out_keys or own_out)
+        own: tuple[Any, Any] = (["input"], ["output"])
+        if isinstance(model, TensorDictModuleBase):
+            own = (model.in_keys, model.out_keys)
+        self.in_keys: list[NestedKey] = list(in_keys or own[0])
+        self.out_keys: list[NestedKey] = list(out_keys or own[1])
         self._trace: tuple[TracedSite, ...] | None = None
+        self._selected: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def __repr__(self) -> str:
         return f"HookedModel({type(self.module).__name__}, in_keys={self.in_keys}, out_keys={self.out_keys})"
@@ -67,7 +70,7 @@ class HookedModel:
         return Run(self, inputs)
 
     def forward(self, inputs: TensorDictBase, *, batched: bool = True) -> TensorDictBase:
-        """Run the model on a shallow copy of ``inputs``.
+        """Run the model on a copy of its inputs: it may work in place on what it is given.
 
         Args:
             inputs: holds ``in_keys``.
@@ -80,7 +83,9 @@ class HookedModel:
                 f"input {missing[0]!r} of {type(self.module).__name__} is not in the batch"
                 f"{did_you_mean(str(missing[0]), known)}"
             )
-        td = inputs.copy() if batched else TensorDict(dict(inputs.items()), batch_size=[])
+        td = inputs.copy() if batched else TensorDict(dict(inputs.copy().items()), batch_size=[])
+        for key in self.in_keys:
+            td.set(key, inputs.get(key).clone())
         if self._speaks_tensordict:
             return self.module(td)
         self._write(td, self.module(*(td.get(key) for key in self.in_keys)))
@@ -118,7 +123,10 @@ class HookedModel:
         Raises:
             PathError: a pattern that matches nothing, naming the nearest sites.
         """
-        return select(self.traced, self._inside(layers), owner=self.title, strict=not self.name)
+        patterns = tuple(self._inside(layers))
+        if patterns not in self._selected:
+            self._selected[patterns] = select(self.traced, patterns, owner=self.title, strict=not self.name)
+        return self._selected[patterns]
 
     def has(self, pattern: str) -> bool:
         """Whether a pattern names a module, run or not; needs no trace."""
@@ -131,8 +139,8 @@ class HookedModel:
 
     @property
     def modules(self) -> list[str]:
-        """The paths of all modules inside."""
-        return [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
+        """The paths of all modules; the model itself is the empty path."""
+        return [name for name, _ in self.module.named_modules(remove_duplicate=False)]
 
     def _inside(self, layers: str | Sequence[str]) -> list[str]:
         patterns = [layers] if isinstance(layers, str) else list(layers)

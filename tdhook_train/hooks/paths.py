@@ -8,6 +8,7 @@ leaf modules only, so that a container does not repeat its last child.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,7 +20,19 @@ from torch import Tensor, nn
 from tdhook_train.errors import PathError, did_you_mean
 from tdhook_train.undo import Undo
 
-__all__ = ["Site", "TracedSite", "floating_items", "is_pattern", "matches", "module_at", "parse", "pick", "select", "trace"]
+__all__ = [
+    "Site",
+    "TracedSite",
+    "eager",
+    "floating_items",
+    "is_pattern",
+    "matches",
+    "module_at",
+    "parse",
+    "pick",
+    "select",
+    "trace",
+]
 
 
 @dataclass(frozen=True)
@@ -59,10 +72,13 @@ def is_pattern(text: str) -> bool:
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
     """Return the module at ``path``, or raise :class:`PathError` naming the nearest ones."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if path not in modules:
-        raise PathError(f"path {path!r} names no module of {type(model).__name__}{did_you_mean(path, modules)}")
-    return modules[path]
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():  # not get_submodule: TensorDictModules lend the names inside them
+        module = None if module is None else module._modules.get(name)
+    if module is None:
+        known = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        raise PathError(f"path {path!r} names no module of {type(model).__name__}{did_you_mean(path, known)}")
+    return module
 
 
 def floating_items(value: Any) -> Iterator[tuple[int | str | None, Tensor]]:
@@ -78,20 +94,25 @@ def floating_items(value: Any) -> Iterator[tuple[int | str | None, Tensor]]:
 
 def pick(value: Any, site: Site) -> Tensor:
     """Return the tensor that ``site`` names in its module's output."""
-    known = dict(floating_items(value)) if not isinstance(value, Tensor) else {None: value}
     if site.item is None and isinstance(value, Tensor):
         return value
-    try:
-        found = value[site.item] if site.item is not None else None
+    try:  # an index into a lone tensor would be a row of the batch
+        found = None if site.item is None or isinstance(value, Tensor) else value[site.item]
     except (KeyError, IndexError, TypeError):
         found = None
     if isinstance(found, Tensor):
         return found
-    items = [f"{site.module}:{item}" for item in known if item is not None]
+    known = [str(Site(site.module, item)) for item, _ in floating_items(value)]
     raise PathError(
-        f"{str(site)!r} names no tensor: module {site.module!r} gave out a {type(value).__name__}"
-        f"{did_you_mean(str(site), items)}"
+        f"{str(site)!r} names no tensor: module {site.module!r} has a {type(value).__name__} there"
+        f"{did_you_mean(str(site), known)}"
     )
+
+
+def eager(model: nn.Module) -> AbstractContextManager[Any]:
+    """Run without compiled code, in which hooks never fire; what was compiled stays, and is not compiled again."""
+    compiled = any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def trace(model: nn.Module, call: Callable[[], Any]) -> tuple[TracedSite, ...]:
@@ -112,7 +133,7 @@ def trace(model: nn.Module, call: Callable[[], Any]) -> tuple[TracedSite, ...]:
                 gave[id(tensor)] = str(site)
                 kept.append(tensor)
 
-    with Undo() as undo, torch.no_grad():
+    with Undo() as undo, torch.no_grad(), eager(model):
         for path, module in model.named_modules():
             leaf = next(module.children(), None) is None
             undo.hook(module.register_forward_hook(lambda m, a, o, p=path, f=leaf: hook(p, f, m, a, o)))
@@ -131,7 +152,11 @@ def _matches(pattern: tuple[str, ...], name: tuple[str, ...]) -> bool:
 
 def matches(pattern: str, path: str) -> bool:
     """Whether a pattern names a module path; an item after a colon is left aside."""
-    return _matches(tuple(parse(pattern).module.split(".")), tuple(path.split(".")))
+    return _matches(_segments(parse(pattern).module), _segments(path))
+
+
+def _segments(path: str) -> tuple[str, ...]:
+    return tuple(path.split(".")) if path else ()  # the empty path is the model itself
 
 
 def select(rows: Sequence[TracedSite], layers: Sequence[str], *, owner: str, strict: bool = True) -> tuple[str, ...]:
@@ -149,13 +174,13 @@ def select(rows: Sequence[TracedSite], layers: Sequence[str], *, owner: str, str
     chosen: set[str] = set()
     for text in layers:
         wanted = parse(text)
-        segments = tuple(wanted.module.split("."))
+        segments = _segments(wanted.module)
         found = {
             str(row.site)
             for row in rows
-            if _matches(segments, tuple(row.site.module.split(".")))
+            if _matches(segments, _segments(row.site.module))
             and wanted.item in (None, row.site.item)
-            and (row.leaf or segments[-1] != "**")
+            and (row.leaf or segments[-1:] != ("**",))
         }
         if not found and strict:
             known = [str(row.site) for row in rows]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import PathError, ResolveError, SetterError, TargetError
-from tdhook_train.hooks.paths import Site, is_pattern, module_at, parse, pick
+from tdhook_train.hooks.paths import Site, eager, is_pattern, module_at, parse, pick
 from tdhook_train.hooks.tap import Call, Proxy, Setter, apply_setter, captured, put
 from tdhook_train.undo import Undo
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Run"]
 
 
-class _Stopped(Exception):  # noqa: N818 - a signal, not an error
+class _Stopped(BaseException):  # a model that catches every Exception must not catch this one
     """Raised inside the model by :meth:`Run.stop`, caught by the run."""
 
 
@@ -69,19 +70,19 @@ class Run:
             PathError: the path names no module.
         """
         self._copies = copies if copies is not None else self._copies
-        self._add(path, Setter(self._site(path), value, "output", call, copies), "output")
+        self._add(Setter(self._site(path), value, "output", call, copies), "output")
 
     def set_input(self, path: str, value: Any, *, call: Call = 0) -> None:
         """Replace the first argument of the module at ``path`` (``path:1`` the second)."""
-        self._add(path, Setter(self._site(path), value, "input", call), "input")
+        self._add(Setter(self._site(path), value, "input", call), "input")
 
     def set_grad(self, path: str, value: Callable[[Tensor], Tensor], *, call: Call = 0) -> None:
         """Replace the gradient on its way back through the module's output."""
-        self._add(path, Setter(self._site(path), value, "gradient", call), "output")
+        self._add(Setter(self._site(path), value, "gradient", call), "output")
 
     def stop(self, path: str) -> None:
         """Run nothing after the module at ``path``."""
-        self._add(path, None, "output")
+        self._taps.setdefault((self._site(path).module, "output"), []).append(None)
 
     def backward(self, objective: Callable[[TensorDictBase], Tensor]) -> None:
         """Differentiate a scalar function of the outputs; parameters' ``.grad`` is not touched."""
@@ -114,11 +115,11 @@ class Run:
 
     def _read(self, path: str, what: str, call: Call) -> Proxy:
         proxy = Proxy(self._site(path), what, call)
-        self._add(path, proxy, "input" if what == "input" else "output")
+        self._add(proxy, "input" if what == "input" else "output")
         return proxy
 
-    def _add(self, path: str, tap: Proxy | Setter | None, place: str) -> None:
-        self._taps.setdefault((self._site(path).module, place), []).append(tap)
+    def _add(self, tap: Proxy | Setter, place: str) -> None:
+        self._taps.setdefault((tap.site.module, place), []).append(tap)
 
     def _all(self, kind: type) -> list[Any]:
         return [tap for taps in self._taps.values() for tap in taps if isinstance(tap, kind)]
@@ -126,8 +127,10 @@ class Run:
     def _execute(self) -> None:
         proxies: list[Proxy] = self._all(Proxy)
         wants_grad = self._objective is not None
+        inference = torch.is_inference_mode_enabled() and not wants_grad
         try:
-            with Undo() as undo, torch.set_grad_enabled(wants_grad):
+            with Undo() as undo, torch.inference_mode(inference), torch.set_grad_enabled(wants_grad):
+                undo.enter_context(eager(self._model.module))
                 for (path, place), taps in self._taps.items():
                     self._place(undo, path, place, taps)
                 try:
@@ -146,9 +149,10 @@ class Run:
     def _place(self, undo: Undo, path: str, place: str, taps: list[Proxy | Setter | None]) -> None:
         module = module_at(self._model.module, path)
         if place == "input":
-            undo.hook(module.register_forward_pre_hook(lambda _, args: _through(taps, args)))
+            undo.hook(module.register_forward_pre_hook(lambda _module, a, k: _into(taps, a, k), with_kwargs=True))
         else:
-            undo.hook(module.register_forward_hook(lambda _, args, output: _through(taps, output)))
+            taps = sorted(taps, key=lambda tap: tap is None)  # what is read where the pass stops is read before it does
+            undo.hook(module.register_forward_hook(lambda _module, _args, output: _through(taps, output)))
 
     def _differentiate(self, output: TensorDictBase | None, wanted: list[Proxy]) -> None:
         if output is None or self._objective is None:
@@ -159,15 +163,24 @@ class Run:
         places = [(proxy, tensor) for proxy in wanted for tensor in proxy.live]
         if not places:
             return
-        grads = torch.autograd.grad(total, [tensor for _, tensor in places], allow_unused=True)
+        grads: tuple[Tensor | None, ...] = (None,) * len(places)
+        if total.requires_grad:
+            grads = torch.autograd.grad(total, [tensor for _, tensor in places], allow_unused=True)
         for (proxy, tensor), grad in zip(places, grads, strict=True):
             proxy.found.append(torch.zeros_like(tensor) if grad is None else grad.detach())
 
     def _refuse_ignored(self) -> None:
         for setter in self._all(Setter):
             if not setter.applied:
-                ran = f"ran {setter.calls} time(s), not call {setter.call}" if setter.calls else "never ran"
-                raise SetterError(f"the {setter.what} set at {str(setter.site)!r} was never used: its module {ran}")
+                raise SetterError(
+                    f"the {setter.what} set at {str(setter.site)!r} was never used: {setter.why_ignored()}"
+                )
+
+
+def _into(taps: list[Proxy | Setter | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pass a module's arguments, by place or by name, through the taps."""
+    changed = _through(taps, {**dict(enumerate(args)), **kwargs})
+    return changed and (tuple(changed[i] for i in range(len(args))), {name: changed[name] for name in kwargs})
 
 
 def _through(taps: list[Proxy | Setter | None], value: Any) -> Any:
@@ -178,31 +191,35 @@ def _through(taps: list[Proxy | Setter | None], value: Any) -> Any:
             raise _Stopped
         if not tap.takes():
             continue
-        site = tap.site if tap.what != "input" else Site(tap.site.module, tap.site.item or 0)
+        site = tap.site
+        if tap.what == "input" and site.item is None:
+            site = Site(site.module, next(iter(value), 0))
         tensor = pick(value, site)
-        if isinstance(tap, Setter) and tap.what != "gradient":
-            value, changed = put(value, site, apply_setter(tap, tensor)), True
-        elif isinstance(tap, Setter):
-            _bend_gradient(tap, tensor)
-        else:
+        if isinstance(tap, Proxy) and tap.what != "gradient":
             _capture(tap, tensor)
+        elif isinstance(tap, Setter) and tap.what != "gradient":
+            value, changed = put(value, site, apply_setter(tap, tensor)), True
+        elif torch.is_grad_enabled():
+            value, changed = put(value, site, _watch_gradient(tap, tensor)), True
     return value if changed else None
 
 
 def _capture(proxy: Proxy, tensor: Tensor) -> None:
-    if proxy.what == "gradient":
-        if not tensor.requires_grad:
-            tensor.requires_grad_()  # frozen so far: the graph begins here
-        proxy.live.append(tensor)
-        return
     proxy.found.append(captured(tensor))
     if torch.is_grad_enabled():
-        proxy.live.append(tensor)
+        proxy.live.append(tensor.clone())  # what comes after may work in place
 
 
-def _bend_gradient(setter: Setter, tensor: Tensor) -> None:
-    if not tensor.requires_grad:
-        tensor.requires_grad_()
-    tensor.register_hook(lambda grad: apply_setter(setter, grad))
+def _watch_gradient(tap: Proxy | Setter, tensor: Tensor) -> Tensor:
+    """Read or bend the gradient of ``tensor``; return what goes on in its place.
 
-
+    A copy goes on: a module that works in place would otherwise put its own output where the tensor was, and a frozen
+    tensor may be the user's, who did not ask for a graph to begin there.
+    """
+    live = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+    onward = live.clone()
+    if isinstance(tap, Proxy):
+        tap.live.append(live)
+    else:
+        onward.register_hook(partial(apply_setter, tap))
+    return onward

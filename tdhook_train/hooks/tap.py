@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from tensordict import is_tensor_collection
 from torch import Tensor
 
 from tdhook_train.errors import ResolveError, SetterError
@@ -73,6 +73,14 @@ class Setter:
         self.calls += 1
         return self.call in ("all", self.calls - 1)
 
+    def why_ignored(self) -> str:
+        """Say why the value was never used."""
+        if not self.calls:
+            return "its module never ran"
+        if self.what == "gradient" and (self.call == "all" or self.call < self.calls):
+            return "no gradient came back through it; read one with run.get_grad(...) and call run.backward(...)"
+        return f"its module ran {self.calls} time(s), not call {self.call}"
+
 
 def apply_setter(setter: Setter, before: Tensor) -> Tensor:
     """Return the new value for ``before``, refusing whatever would be ignored or would not fit.
@@ -84,12 +92,14 @@ def apply_setter(setter: Setter, before: Tensor) -> Tensor:
     where = f"setting the {setter.what} of {str(setter.site)!r}"
     value = setter.value
     if isinstance(value, Proxy):
+        if not value.found and value.state == "pending":
+            raise SetterError(f"{where}: the {value.what} of {str(value.site)!r} does not exist yet, it comes later")
         value = value.live[-1] if value.live else value.resolve()
     elif callable(value):
-        version = before._version
+        version = _version(before)
         value = value(before)
         if value is None:
-            how = "changed it in place and returned None" if before._version != version else "returned None"
+            how = "changed it in place and returned None" if _version(before) != version else "returned None"
             raise SetterError(f"{where}: the function {how}; return the new value")
     if not isinstance(value, Tensor):
         raise SetterError(f"{where}: expected a tensor, got {type(value).__name__}")
@@ -102,7 +112,12 @@ def apply_setter(setter: Setter, before: Tensor) -> Tensor:
         if given != needed:
             raise SetterError(f"{where}: {name} {given} was given where the module has {needed}")
     setter.applied += 1
-    return value
+    # a copy: what comes after may work in place, and the value may be somebody's
+    return value if value is before or setter.what == "gradient" else value.clone()
+
+
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version  # inference tensors count none
 
 
 def put(output: Any, site: Site, value: Tensor) -> Any:
@@ -114,7 +129,7 @@ def put(output: Any, site: Site, value: Tensor) -> Any:
         items = list(output)
         items[int(site.item)] = value
         return type(output)(*items) if hasattr(output, "_fields") else tuple(items)
-    changed = type(output)(output)
+    changed = output.copy() if is_tensor_collection(output) else type(output)(output)
     changed[site.item] = value
     return changed
 

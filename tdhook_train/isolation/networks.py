@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
@@ -43,11 +45,11 @@ def networks(model: nn.Module) -> dict[str, Network]:
         NetworkError: a loss in which no network was found.
     """
     if not is_loss(model):
-        return {"": Network("", model, lambda: TensorDict.from_module(model).data)}
+        return {"": Network("", model, partial(_own_weights, model))}
     found: dict[str, Network] = {}
     for name, module in _candidates(model).items():
         if getattr(model, f"{name}_params", None) is None:
-            found[name] = Network(name, module, lambda m=module: TensorDict.from_module(m).data)
+            found[name] = Network(name, module, partial(_own_weights, module))
             continue
         found |= _members(model, module, name, f"{name}_params")
         if f"target_{name}_params" in model._modules:
@@ -67,10 +69,19 @@ def _candidates(loss: nn.Module) -> dict[str, nn.Module]:
 
 
 def _members(loss: nn.Module, module: nn.Module, name: str, params: str) -> dict[str, Network]:
-    shape = getattr(loss, params).batch_size
+    shape = _weights_of(loss, params, None).batch_size
     if not shape:
-        return {name: Network(name, module, lambda: getattr(loss, params).data)}
+        return {name: Network(name, module, partial(_weights_of, loss, params, None))}
     return {
-        f"{name}.{i}": Network(f"{name}.{i}", module, lambda i=i: getattr(loss, params).data[i])
-        for i in range(shape[0])
+        f"{name}.{i}": Network(f"{name}.{i}", module, partial(_weights_of, loss, params, i)) for i in range(shape[0])
     }
+
+
+def _own_weights(module: nn.Module) -> TensorDictBase:
+    return TensorDict.from_module(module).data
+
+
+def _weights_of(loss: nn.Module, params: str, member: int | None) -> TensorDictBase:
+    # not by getattr, which warns about targets without an updater
+    weights = cast(TensorDictBase, loss._modules[params]).data
+    return weights if member is None else weights[member]

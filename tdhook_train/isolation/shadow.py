@@ -31,15 +31,14 @@ def private_copy(module: nn.Module) -> nn.Module:
     Raises:
         NetworkError: the module cannot be copied.
     """
+    # hooks are left out of the copy, not copied and cleared: they may hold what cannot or should not be copied
+    hooks = [getattr(part, name) for part in module.modules() for name in _HOOKS if hasattr(part, name)]
     with torch.random.fork_rng(devices=[]):
         try:
-            twin = copy.deepcopy(module)
+            twin = copy.deepcopy(module, {id(hook): OrderedDict() for hook in hooks})
         except (RuntimeError, TypeError) as error:
             raise NetworkError(f"{type(module).__name__} cannot be copied for observation: {error}") from error
     for part in twin.modules():
-        for name in _HOOKS:
-            if getattr(part, name, None):
-                setattr(part, name, OrderedDict())
         part._compiled_call_impl = None
     return twin.eval().requires_grad_(False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from tensordict.nn import InteractionType, set_interaction_type
@@ -24,7 +24,7 @@ class View(Protocol):
     def modules(self) -> Mapping[str, nn.Module]:
         """The modules by network name."""
 
-    def open(self, seed: int) -> object:
+    def open(self, seed: int) -> AbstractContextManager[None]:
         """A context in which the modules hold the present weights and nothing done to them is seen outside."""
 
 
@@ -77,4 +77,3 @@ def isolated(model: nn.Module) -> ShadowView | LiveView:
     if not isinstance(model, nn.Module):
         raise NetworkError(f"expected a torch module or a TorchRL loss to observe, got {type(model).__name__}")
     return ShadowView(model) if is_loss(model) else LiveView(model)
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 __all__ = ["Clock", "Times"]
 
@@ -41,13 +42,14 @@ class Clock:
         """Remember the present moment as the last at which triggers were asked."""
         self.before = self.now
 
-    def state_dict(self) -> dict[str, float]:
-        """Plain numbers, for a checkpoint."""
-        return asdict(self.now)
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, for a checkpoint: the present moment, and below ``before`` the last that triggers saw."""
+        return asdict(self.now) | {"before": None if self.before is None else asdict(self.before)}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint: boundaries crossed before it do not fire again."""
-        moment = replace(Times(), **state)
-        for name, value in asdict(moment).items():
+        moment = {name: value for name, value in state.items() if name != "before"}
+        for name, value in asdict(Times(**moment)).items():
             setattr(self, name, value)
-        self.before = moment
+        before = state.get("before", moment)
+        self.before = None if before is None else Times(**before)

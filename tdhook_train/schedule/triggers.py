@@ -85,7 +85,7 @@ class Every(Trigger):
         totals = [name for name in ("total_frames", "total_steps") if getattr(self, name) is not None]
         if len(given) + (self.fraction is not None) != 1:
             raise SettingsError(f"Every takes exactly one of {', '.join(_FIELD)} or fraction, got {given or 'none'}")
-        if (self.fraction is not None) != (len(totals) == 1):
+        if len(totals) != (self.fraction is not None):
             raise SettingsError("Every(fraction=...) needs one of total_frames=... and total_steps=..., and only it")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise SettingsError(f"Every(fraction=...) is a share of the training in (0, 1], got {self.fraction}")
@@ -145,7 +145,9 @@ class Geometric(Trigger):
     def __post_init__(self) -> None:
         _check_scale(self.of)
         if not 0 < self.first <= self.last or self.n < 1:
-            raise SettingsError(f"Geometric needs 0 < first <= last and n >= 1, got {self.first}, {self.last}, {self.n}")
+            raise SettingsError(
+                f"Geometric needs 0 < first <= last and n >= 1, got {self.first}, {self.last}, {self.n}"
+            )
 
     @cached_property
     def steps(self) -> tuple[int, ...]:

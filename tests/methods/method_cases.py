@@ -1,0 +1,87 @@
+"""One row a public method: its settings, others that differ, some that are refused, and the keys it writes."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from tdhook_train import Method, attribution, health, latent
+from tdhook_train.attribution import IntegratedGradients
+from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank
+from tdhook_train.latent import ActivationPatching, RidgeProbe
+
+PUBLIC = [getattr(family, name) for family in (attribution, health, latent) for name in family.__all__]
+
+
+@dataclass(frozen=True)
+class Case:
+    make: type[Method]
+    settings: dict[str, Any]
+    other: dict[str, Any]
+    refused: dict[str, list[Any]]
+    keys: frozenset[Any]
+
+    def method(self):
+        return self.make(**self.settings)
+
+
+CASES = (
+    Case(
+        IntegratedGradients,
+        {"targets": [("output", 0), ("output", 1)], "points": 8, "rows": 6},
+        {"baseline": "mean"},
+        {"points": [0], "rows": [0], "baseline": ["zeros"], "targets": [(0,)]},
+        frozenset({("attr", "input"), "delta"}),
+    ),
+    Case(
+        RidgeProbe,
+        {"layers": ("0", "1"), "target": {"x": ("input", 0), "y": "y"}, "folds": 3, "shifts": 19},
+        {"alphas": (1.0, 10.0)},
+        {"folds": [1], "alphas": [(), (0.0,), (-1.0,)], "shifts": [-1], "target": [(0,)]},
+        frozenset(RidgeProbe.writes),
+    ),
+    Case(
+        ActivationPatching,
+        {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6},
+        {"pairs": 4},
+        {"pairs": [1], "targets": [(0,)]},
+        frozenset(ActivationPatching.writes),
+    ),
+    Case(
+        DormantUnits,
+        {"layers": ("0", "1"), "taus": (0.0, 0.1)},
+        {"taus": (0.5,)},
+        {"taus": [(), (-0.1,)]},
+        frozenset(DormantUnits.writes),
+    ),
+    Case(
+        DeadUnits,
+        {"layers": ("0", "1"), "min_std": 1e-2},
+        {"min_std": 1e-4},
+        {"min_std": [-1.0]},
+        frozenset(DeadUnits.writes),
+    ),
+    Case(EffectiveRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(EffectiveRank.writes)),
+)
+
+
+def mlp(*widths, activation=nn.Tanh):
+    layers = []
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def batch(n=24, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return TensorDict({"input": torch.randn(n, 3, generator=g), "y": torch.randn(n, generator=g)}, [n])
+
+
+def measured(method, model, td, **known):
+    """The artifacts of one method on one model, by hand."""
+    in_keys, out_keys = known.pop("in_keys", None), known.pop("out_keys", None)
+    with method.prepare(model, in_keys, out_keys) as hooked:
+        return hooked(td, **known)
