@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tdhook_train.errors import NetworkError, PathError, SettingsError, did_you_mean
 from tdhook_train.hooks import HookedModel
+from tdhook_train.isolation import in_place
 from tdhook_train.ops.join import Labels, Measured, join
 from tdhook_train.schedule import Times
 
@@ -90,6 +91,11 @@ class Method(ABC):
 
     by_trajectory: ClassVar[bool] = False
     """Whether a result is wrong unless rows are told apart by trajectory, as in reinforcement learning."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "networks"):  # lists are welcome, but settings compare and hash as tuples
+            if isinstance(given := getattr(self, name, None), list):
+                object.__setattr__(self, name, tuple(given))
 
     def taps(self, model: HookedModel) -> Sequence[str]:  # noqa: ARG002 - subclasses use it
         """Name the sites this method reads from the shared pass."""
@@ -193,7 +199,10 @@ class Method(ABC):
 
 
 class Prepared:
-    """A method on a model: call it with a TensorDict."""
+    """A method on a model: call it with a TensorDict.
+
+    Measured in evaluation mode, as an observer does; what the model was and held is put back.
+    """
 
     def __init__(self, method: Method, model: HookedModel) -> None:
         self.method = method
@@ -201,10 +210,11 @@ class Prepared:
 
     def __call__(self, td: TensorDictBase, **known: Any) -> TensorDictBase:
         """Return a copy of ``td`` with outputs and artifacts; ``known`` fills further fields of :class:`Seen`."""
-        self.model.trace(td)
-        values, outputs = look(self.model, td, self.model.sites(self.method.taps(self.model)))
-        seen = replace(Seen(td.copy().update(outputs), values), **known)
-        artifacts = self.method.measure(seen, self.model)
+        with in_place(self.model.module, seed=0):
+            self.model.trace(td)
+            values, outputs = look(self.model, td, self.model.sites(self.method.taps(self.model)))
+            seen = replace(Seen(td.copy().update(outputs), values), **known)
+            artifacts = self.method.measure(seen, self.model)
         shared = dict(artifacts.items(include_nested=True, leaves_only=True))
         batched = all(v.shape[: td.batch_dims] == td.batch_size for v in shared.values())
         out = seen.batch if batched else TensorDict(dict(seen.batch.items()), batch_size=[])

@@ -56,6 +56,7 @@ class IntegratedGradients(Method):
     writes: ClassVar[Mapping[str, str]] = {"attr": "batch target *feature", "delta": "batch target"}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.targets is not None and self.init_attr_targets is not None:
             raise SettingsError("IntegratedGradients takes targets or init_attr_targets, not both")
         if self.points < 1 or (self.rows is not None and self.rows < 1):
@@ -138,25 +139,19 @@ class IntegratedGradients(Method):
         rows = len(next(iter(ends.values())))
         at, weights = (x.to(model.device()) for x in gauss_legendre(self.points))
         moving = [key for key, value in ends.items() if value.is_floating_point()]
-        sums: list[dict[NestedKey, Tensor]] = []
+        sums: dict[tuple[int, NestedKey], Tensor] = {}
+        targets = 0
         for chunk in torch.arange(self.points).split(max(1, _ROWS_PER_PASS // rows)):
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 path = {key: _between(starts[key], ends[key], at[chunk]) for key in ends}
                 explained = self._forward(model, path)
-                weight = weights[chunk].repeat_interleave(rows)
-                for i, column in enumerate(explained):
-                    grads = torch.autograd.grad(
-                        column,
-                        [path[key] for key in moving],
-                        weight.to(column.dtype),
-                        retain_graph=i + 1 < len(explained),
-                    )
-                    part = {k: g.unflatten(0, (len(chunk), rows)).sum(0) for k, g in zip(moving, grads, strict=True)}
-                    if i == len(sums):
-                        sums.append(part)
-                    else:
-                        sums[i] = {key: sums[i][key] + part[key] for key in moving}
-        return {k: torch.stack([total[k] * (ends[k] - starts[k]) for total in sums], 1).detach() for k in moving}
+            targets = len(explained)
+            weight = weights[chunk].repeat_interleave(rows)
+            for i, column in enumerate(explained):
+                for key, grad in zip(moving, _gradients(column, [path[k] for k in moving], weight), strict=True):
+                    part = grad.unflatten(0, (len(chunk), rows)).sum(0)
+                    sums[i, key] = sums[i, key] + part if (i, key) in sums else part
+        return {k: torch.stack([sums[i, k] * (ends[k] - starts[k]) for i in range(targets)], 1) for k in moving}
 
     def _forward(self, model: HookedModel, point: _Point) -> list[Tensor]:
         batch = TensorDict(dict(point), batch_size=[len(next(iter(point.values())))])
@@ -182,3 +177,11 @@ def _between(start: Tensor, end: Tensor, at: Tensor) -> Tensor:
         return end.repeat(len(at), *[1] * (end.ndim - 1))
     t = at.to(end.dtype).view(-1, *[1] * end.ndim)
     return (start + t * (end - start)).flatten(0, 1).detach().requires_grad_()
+
+
+def _gradients(column: Tensor, inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
+    """Gradients of the weighted column, zero with respect to an input that it does not depend on."""
+    if not column.requires_grad:
+        return [torch.zeros_like(value) for value in inputs]
+    grads = torch.autograd.grad(column, inputs, weight.to(column.dtype), retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True)]

@@ -44,6 +44,7 @@ class DeadUnits(Method):
     writes: ClassVar[Mapping[str, str]] = {"dead": "layer", "dead_unit": "layer unit", "width": "layer"}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.min_std < 0:
             raise SettingsError(f"DeadUnits needs min_std of 0 or more, got {self.min_std}")
 

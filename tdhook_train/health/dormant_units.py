@@ -42,6 +42,8 @@ class DormantUnits(Method):
     writes: ClassVar[Mapping[str, str]] = {"dormant": "layer tau", "dormancy": "layer unit"}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "taus", tuple(float(tau) for tau in self.taus))
         if not self.taus or min(self.taus) < 0:
             raise SettingsError(f"DormantUnits needs thresholds of 0 or more, got taus={self.taus}")
 

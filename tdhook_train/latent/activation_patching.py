@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel
+from tdhook_train.hooks.readers import sole_readers
 from tdhook_train.hooks.versions import run_versions
 from tdhook_train.method import Method, Seen, look
 from tdhook_train.ops.join import Labels
@@ -66,8 +67,7 @@ class ActivationPatching(Method):
     }
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
+        super().__post_init__()
         if self.pairs < 2:
             raise SettingsError(f"ActivationPatching needs at least 2 pairs, got pairs={self.pairs}")
         if self.targets is not None:
@@ -91,7 +91,10 @@ class ActivationPatching(Method):
         sites = model.sites(self.layers)
         values, outputs = look(model, torch.cat([base, source]), sites)
         metrics = self._metrics(outputs, model)
-        twins = _same_patch(model, sites)
+        known = ("same patch", model.name)
+        if known not in seen.memo:
+            seen.memo[known] = _same_patch(model, sites, base[:2])
+        twins = seen.memo[known]
         done: dict[str, Tensor] = {}
         for site in reversed(sites):
             twin = twins.get(site)
@@ -130,6 +133,8 @@ class ActivationPatching(Method):
         prefixed = {key: ("source", *((key,) if isinstance(key, str) else key)) for key in inputs}
         given = {key: seen.batch.get(prefixed[key], None) for key in inputs}
         rows = len(seen.batch)
+        if rows < 2 and not any(value is not None for value in given.values()):
+            raise SettingsError(f"ActivationPatching pairs rows with each other and needs 2 or more, got {rows}")
         if any(value is not None for value in given.values()):
             index = evenly_spaced(rows, self.pairs)
             sources = {k: (inputs[k] if v is None else v)[index] for k, v in given.items()}
@@ -144,26 +149,17 @@ def _unit_axis(value: Tensor) -> int:
     return 1 if value.ndim == 4 else value.ndim - 1  # the channels of an image activation
 
 
-def _same_patch(model: HookedModel, sites: Sequence[str]) -> dict[str, str]:
+def _same_patch(model: HookedModel, sites: Sequence[str], inputs: TensorDict) -> dict[str, str]:
     """Map each site whose only reader is an elementwise activation to that activation's site.
 
-    Known where the two are neighbours in an ``nn.Sequential`` and the very tensor went from one to the other.
+    Candidates are neighbours of which the second was given the first's very tensor. They are proven on the graph of
+    one small pass: nothing but the activation differentiates through the first.
     """
-    modules = dict(model.module.named_modules())
-    twins: dict[str, str] = {}
-    for row in model.traced:
-        site, before = str(row.site), row.previous
-        if before is None or before not in sites or site not in sites or ":" in before:
-            continue
-        parent, _, place = row.site.module.rpartition(".")
-        follows = before.rpartition(".")[0] == parent and _next(before.rpartition(".")[2]) == place
-        if follows and isinstance(modules[parent], nn.Sequential) and isinstance(modules[site], _ELEMENTWISE):
-            twins[before] = site
-    return twins
-
-
-def _next(place: str) -> str | None:
-    return str(int(place) + 1) if place.isdigit() else None
+    pairs = [(row.previous, str(row.site)) for row in model.traced if row.previous is not None]
+    near = {before: after for before, after in pairs if {before, after} <= set(sites)}
+    candidates = {b: a for b, a in near.items() if isinstance(model.module_of(a), _ELEMENTWISE)}
+    readers = sole_readers(model, inputs, [*candidates, *candidates.values()]) if candidates else {}
+    return {before: after for before, after in candidates.items() if readers.get(before) == after}
 
 
 def _summary(patched: Sequence[Tensor], base: Tensor, source: Tensor) -> TensorDict:

@@ -15,7 +15,7 @@ from tdhook_train.hooks import HookedModel
 from tdhook_train.method import Method, Part, Parts, Seen, look
 from tdhook_train.ops.folds import circular_shifts, fold_of, in_blocks
 from tdhook_train.ops.join import Labels, Measured
-from tdhook_train.ops.ridge import RidgeDesign
+from tdhook_train.ops.ridge import RidgeDesign, constant
 from tdhook_train.ops.targets import columns, named
 
 __all__ = ["RidgeProbe"]
@@ -84,8 +84,7 @@ class RidgeProbe(Method):
     by_trajectory: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
+        super().__post_init__()
         object.__setattr__(self, "alphas", tuple(float(alpha) for alpha in self.alphas))
         if self.folds < 2:
             raise SettingsError(f"RidgeProbe needs at least 2 folds, got folds={self.folds}")
@@ -101,8 +100,7 @@ class RidgeProbe(Method):
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """Layers, targets and penalties."""
-        rows = len(next(iter(seen.values.values())))
-        targets = columns(seen.batch, named(self.target), rows)
+        targets = columns(seen.batch, named(self.target), len(seen.batch))
         return super().labels(seen, model) | {"target": list(targets), "alpha": list(self.alphas)}
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
@@ -122,8 +120,8 @@ class RidgeProbe(Method):
 
     def _scores(self, parts: Parts) -> Measured:
         seen = next(iter(parts.values())).seen
-        blocks = [_rows(part.seen.values[site]) for part in parts.values() for site in self.taps(part.model)]
-        rows = len(blocks[0])
+        rows = len(seen.batch)
+        blocks = [self._block(part, site, rows) for part in parts.values() for site in self.taps(part.model)]
         targets = columns(seen.batch, named(self.target), rows).values()
         y = torch.stack([column.detach().double() for column in targets], 1).to(blocks[0].device)
         folds = self._folds(seen, rows)
@@ -142,7 +140,7 @@ class RidgeProbe(Method):
             "r2": r2,
             "r2_pooled": pooled,
             "r2_path": path,
-            "alpha": torch.tensor(self.alphas, dtype=torch.float64)[best[..., 0]],
+            "alpha": torch.where(reason == 0, torch.tensor(self.alphas, dtype=torch.float64)[best[..., 0]], torch.nan),
             **self._baselines(parts, folds, usable, reason),
             "r2_null": null,
             "p": p,
@@ -151,12 +149,17 @@ class RidgeProbe(Method):
         }
         return Measured(dict(values), {key: tuple(self.writes[key].split()) for key in values})
 
+    def _block(self, part: Part, site: str, rows: int) -> Tensor:
+        value = part.seen.values[site]
+        if value.ndim == 0 or len(value) != rows:
+            shape = tuple(value.shape)
+            raise GroupsError(f"RidgeProbe: {site!r} gives {shape} for {rows} rows; name layers with one row a sample")
+        return _rows(value)
+
     def _folds(self, seen: Seen, rows: int) -> Tensor:
         groups = torch.arange(rows) if seen.groups is None else seen.groups.cpu()
         if len(groups) != rows:
-            raise GroupsError(
-                f"RidgeProbe: {len(groups)} trajectory ids for {rows} rows; a layer must give out one row a sample"
-            )
+            raise GroupsError(f"RidgeProbe: {len(groups)} trajectory ids for {rows} rows")
         return fold_of(groups, self.folds)
 
     def _null(self, seen: Seen, design: _Designs, y: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,18 +244,9 @@ def _rows(value: Tensor) -> Tensor:
 
 def _target_reasons(y: Tensor, folds: Tensor) -> Tensor:
     """Say for each target why it cannot be scored, 0 where it can: ``[target]``."""
-    reasons = torch.zeros(y.shape[1], dtype=torch.int8)
-    for i, column in enumerate(y.cpu().unbind(1)):
-        parts = [column[folds == k] for k in folds.unique()]
-        if not column.isfinite().all():
-            reasons[i] = 3
-        elif _constant(column):
-            reasons[i] = 1
-        elif all(_constant(part) for part in parts):
-            reasons[i] = 2
-    return reasons
-
-
-def _constant(column: Tensor) -> bool:
-    # a spread below rounding is rounding
-    return bool(column.max() - column.min() <= 1e-12 * column.abs().max())
+    y = y.cpu()
+    in_folds = torch.stack([constant(y[folds == k]) for k in range(int(folds.max()) + 1)]).all(0)
+    reasons = torch.where(in_folds, 2, 0)
+    reasons[constant(y)] = 1
+    reasons[~y.isfinite().all(0)] = 3
+    return reasons.to(torch.int8)

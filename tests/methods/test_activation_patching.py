@@ -137,7 +137,6 @@ def test_every_layer_and_unit_equals_the_loop(name):
         assert_close(out["gap"][i], gap)
 
 
-@pytest.mark.xfail(strict=True, reason="_same_patch trusts every subclass of Sequential to be a chain")
 def test_a_sequential_that_reads_a_value_twice_is_no_chain():
     model = InputTwice(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     base, source = torch.randn(6, 3), torch.randn(6, 3)
@@ -232,7 +231,6 @@ def test_a_network_that_insists_on_two_dimensions():
     assert_close(out["unit_effect"][0], expected["body"][0][1:], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="one row makes no pair, and the message does not say so")
 def test_one_row_makes_no_pair():
     with pytest.raises(ValueError, match="pair"):
         measured(ActivationPatching(), mlp(3, 5, 2), TensorDict({"input": torch.randn(1, 3)}, [1]))

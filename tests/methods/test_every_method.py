@@ -39,11 +39,9 @@ def test_settings_are_refused_when_they_are_made(case):
 
 
 @each
-def test_a_list_of_layers_is_the_tuple_of_them(case, request):
+def test_a_list_of_layers_is_the_tuple_of_them(case):
     if "layers" not in {f.name for f in fields(case.make)}:
         pytest.skip("reads no layers")
-    if case.make.__name__ in ("DeadUnits", "DormantUnits", "EffectiveRank"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="health methods keep a list as it was given"))
     listed, given = case.make(layers=["0", "1"]), case.make(layers=("0", "1"))
     assert listed == given
     assert hash(listed) == hash(given)
@@ -92,7 +90,6 @@ def test_the_model_and_the_batch_are_left_as_found(case, mode):
 
 
 @each
-@pytest.mark.xfail(strict=True, reason="prepare() runs the model in training mode: statistics move")
 def test_a_model_in_training_is_left_as_found(case):
     model, td = model_in_training().train(), batch()
     before = everything(model, td)
