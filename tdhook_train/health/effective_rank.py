@@ -48,25 +48,26 @@ class EffectiveRank(Method):
         """Take the entropy of the singular values of every layer, layers of one width together."""
         values = [as_rows(seen.values[site]) for site in self.taps(model)]
         raw, centred = torch.empty(len(values), dtype=torch.float64), torch.empty(len(values), dtype=torch.float64)
-        shapes = {tuple(value.shape) for value in values}
-        for shape in shapes:
-            index = [i for i, value in enumerate(values) if value.shape == shape]
-            batch = torch.stack([values[i] for i in index]).double()
-            mean = batch.mean(1, keepdim=True)
-            spread = _gram(batch.sub_(mean))  # of a copy: stack() made it
-            centred[index] = _effective_rank(spread).cpu()
-            raw[index] = _effective_rank(spread + len(batch[0]) * mean.mT @ mean).cpu()
+        for width in {value.shape[1] for value in values}:
+            index = [i for i, value in enumerate(values) if value.shape[1] == width]
+            grams = torch.stack([_gram(values[i]) for i in index])  # [layer, raw or centred, width, width]
+            raw[index], centred[index] = _effective_rank(grams).cpu().unbind(1)
         return TensorDict({"effective_rank": raw, "effective_rank_centred": centred}, batch_size=[])
 
 
 def _gram(rows: Tensor) -> Tensor:
-    return rows.mT @ rows
+    """XᵀX of the activations and of the activations less their mean, in float64."""
+    rows = rows.double()
+    mean = rows.mean(0)
+    spread = rows - mean
+    centred = spread.T @ spread
+    return torch.stack([centred + len(rows) * mean[:, None] * mean, centred])
 
 
 def _effective_rank(gram: Tensor) -> Tensor:
-    """Exp H(σ / Σσ) from XᵀX, one number a matrix."""
+    """Exp H(σ / Σσ) from XᵀX, one number a matrix of the batch."""
     finite = gram.isfinite().all(-1).all(-1)
-    values = torch.linalg.eigvalsh(torch.where(finite[:, None, None], gram, 0.0))
+    values = torch.linalg.eigvalsh(torch.where(finite[..., None, None], gram, 0.0))
     floor = values.amax(-1, keepdim=True).clamp_min(0) * 1e-15  # below: rounding of the decomposition
     sigma = torch.where(values > floor, values, 0.0).sqrt()
     total = sigma.sum(-1, keepdim=True)

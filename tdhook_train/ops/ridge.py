@@ -111,47 +111,49 @@ class RidgeDesign:
     def _errors(self, y: Tensor, moments: _Moments) -> tuple[Tensor, Tensor]:
         """Fit to all folds but one, predict that one: what is left unexplained, ``[alpha, block, target]``.
 
-        In the precision of ``y``, fold by fold, so that what is worked on stays small; targets before features, so
-        that sums over features run along memory.
+        In the precision of ``y``, and as many folds at a time as a cache holds; targets before features, so that sums
+        over features run along memory.
 
         Returns:
             The unexplained share of a fold's variance, averaged over the folds in which the target varies, and the
             squared error summed over all folds.
         """
         parts = zip(self._x, y.split(self.sizes), strict=True)
-        # YᵀX, [block, target, d] a fold
-        products = [(b.T @ x.flatten(1).to(y.dtype)).view(-1, *x.shape[1:]).transpose(0, 1) for x, b in parts]
-        whole = torch.stack(products).sum(0)
+        # what targets and features have in common: fold, block, target, d
+        products = torch.stack(
+            [(b.T @ x.flatten(1).to(y.dtype)).view(-1, *x.shape[1:]).transpose(0, 1) for x, b in parts]
+        )
         varies = moments.spread > 0
         weight = torch.where(varies, 1 / moments.spread, 0) / varies.sum(0)  # 0 / 0 where it varies in no fold
         shares = errors = torch.zeros((), dtype=y.dtype, device=y.device)
-        for k, part in enumerate(products):
-            error = self._fold_errors(k, part, whole, moments)
-            shares, errors = shares + error * weight[k], errors + error
+        for folds in torch.arange(len(products)).split(max(1, _CACHED // products[0].numel())):
+            some = slice(int(folds[0]), int(folds[-1]) + 1)
+            error = self._fold_errors(some, products, moments)  # [alpha, fold, block, target]
+            shares, errors = shares + (error * weight[some, None]).sum(1), errors + error.sum(1)
         return shares, errors
 
-    def _fold_errors(self, k: int, part: Tensor, whole: Tensor, moments: _Moments) -> Tensor:
-        """Squared errors on fold k, ``[alpha, block, target]``."""
-        dtype = whole.dtype
-        vectors, values, gram = (x[k].to(dtype) for x in (self._vectors, self._values, self._test))
-        n, n_train = (float(x[k]) for x in (self._n, self._n_train))
-        mean_y, total_y = (x[k].expand(self.blocks, -1) for x in (moments.train_mean, moments.total))
-        mean, total = (x[k].to(dtype)[:, None, :] @ vectors for x in (self._mean, self._total))  # [block, 1, d]
+    def _fold_errors(self, some: slice, products: Tensor, moments: _Moments) -> Tensor:
+        """Squared errors on some folds, ``[alpha, fold, block, target]``."""
+        dtype = products.dtype
+        vectors, values, gram = (x[some].to(dtype) for x in (self._vectors, self._values, self._test))
+        n, n_train = (x[some, ..., None].to(dtype) for x in (self._n, self._n_train))
+        mean_y, total_y = (x[some, None, :, None] for x in (moments.train_mean, moments.total))  # [fold, 1, target, 1]
+        mean, total = (
+            x[some].to(dtype)[..., None, :] @ vectors for x in (self._mean, self._total)
+        )  # [.., block, 1, d]
         # covariances of targets and features in the eigenbasis, about the means of the training rows
-        test = part @ vectors
-        train = (whole @ vectors).sub_(test)
-        train.baddbmm_(mean_y[..., None], mean, alpha=-n_train)
+        test = products[some] @ vectors
+        train = (products.sum(0) @ vectors).sub_(test).addcmul_(n_train * mean_y, mean, value=-1)
         # Σ(y - m_y)(x - m) = Σyx - m_y·Σx - (Σy - n·m_y)·m
-        left, right = torch.stack([mean_y, total_y - n * mean_y], -1), torch.cat([total, mean], 1)
-        test.baddbmm_(left, right, alpha=-1)
-        inverse = 1 / (values[:, None, :] + values.new_tensor(self.alphas)[:, None])  # [block, alpha, d]
+        test.addcmul_(mean_y, total, value=-1).addcmul_(total_y - n * mean_y, mean, value=-1)
+        inverse = 1 / (values[..., None, :] + values.new_tensor(self.alphas)[:, None])  # [fold, block, alpha, d]
         errors = []
-        for some in inverse.split(max(1, _CACHED // train.numel()), dim=1):
-            weights = train[:, None] * some[:, :, None, :]  # [block, alpha, target, d]
+        for steep in inverse.split(max(1, _CACHED // train.numel()), dim=2):
+            weights = train[:, :, None] * steep[..., None, :]  # [fold, block, alpha, target, d]
             # wᵀGw - 2wᵀt, as the sum over w ∘ (Gw - 2t)
-            slopes = (weights.flatten(1, 2) @ gram).view_as(weights).sub_(test[:, None], alpha=2)
+            slopes = (weights.flatten(2, 3) @ gram).view_as(weights).sub_(test[:, :, None], alpha=2)
             errors.append(slopes.mul_(weights).sum(-1))
-        return torch.cat(errors, 1).transpose(0, 1) + moments.test[k]
+        return torch.cat(errors, 2).movedim(2, 0) + moments.test[some, None]
 
 
 def constant(y: Tensor) -> Tensor:

@@ -36,16 +36,16 @@ def methods_for(ppo: Ppo) -> dict[str, Method | list[Method]]:
     return {
         "probe": RidgeProbe(target=action | {"value": "state_value"} | velocities),
         "attribution": IntegratedGradients(
-            targets=location | {"value": "state_value"}, points=32, rows=64, baseline="mean"
+            targets=location | {"value": "state_value"}, points=24, rows=64, baseline="mean"
         ),
-        "patching": ActivationPatching(targets=action | {"value": "state_value"}),
+        "patching": ActivationPatching(targets=action | {"value": "state_value"}, pairs=32),
         "health": [DormantUnits(), DeadUnits(), EffectiveRank()],
     }
 
 
 def schedule(total_steps: int) -> Trigger:
     """Geometric ticks, close together where training is young, plus one every 2 % of it; about 64 in all."""
-    return At(0) | Geometric(first=1, last=total_steps, n=10) | Every(fraction=0.02, total_steps=total_steps)
+    return At(0) | Geometric(first=1, last=total_steps, n=8) | Every(fraction=0.02, total_steps=total_steps)
 
 
 def observed(ppo: Ppo, into: ArtifactBuffer | str | os.PathLike[str], *, seed: int = 0) -> Observer:

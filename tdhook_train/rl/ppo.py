@@ -165,7 +165,7 @@ def make_ppo(name: str, *, frames: int, seed: int = 0, frames_per_batch: int | N
         critic=critic,
         loss=loss,
         advantage=GAE(gamma=0.99, lmbda=0.95, value_network=critic),
-        optimizer=torch.optim.Adam(loss.parameters(), lr=3e-4),
+        optimizer=torch.optim.Adam(loss.parameters(), lr=1e-3),
         replay=TensorDictReplayBuffer(
             storage=LazyTensorStorage(per_batch),
             sampler=SamplerWithoutReplacement(),
