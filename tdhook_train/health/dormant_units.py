@@ -57,7 +57,8 @@ class DormantUnits(Method):
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Score every unit."""
-        activity = [as_rows(seen.values[site]).abs().mean(0) for site in self.taps(model)]
+        rows = [as_rows(seen.values[site]) for site in self.taps(model)]
+        activity = [torch.linalg.vector_norm(value, ord=1, dim=0) / len(value) for value in rows]
         scores = [a / a.mean() if a.any() else torch.zeros_like(a) for a in activity]
         shares = [torch.stack([(score <= tau).float().mean() for tau in self.taus]) for score in scores]
         return TensorDict({"dormant": torch.stack(shares), "dormancy": padded(scores)}, batch_size=[])

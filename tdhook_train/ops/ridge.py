@@ -123,18 +123,19 @@ class RidgeDesign:
         products = torch.stack(
             [(b.T @ x.flatten(1).to(y.dtype)).view(-1, *x.shape[1:]).transpose(0, 1) for x, b in parts]
         )
+        whole = products.sum(0)
         varies = moments.spread > 0
         weight = torch.where(varies, 1 / moments.spread, 0) / varies.sum(0)  # 0 / 0 where it varies in no fold
         shares = errors = torch.zeros((), dtype=y.dtype, device=y.device)
         for folds in torch.arange(len(products)).split(max(1, _CACHED // products[0].numel())):
             some = slice(int(folds[0]), int(folds[-1]) + 1)
-            error = self._fold_errors(some, products, moments)  # [alpha, fold, block, target]
+            error = self._fold_errors(some, products[some], whole, moments)  # [alpha, fold, block, target]
             shares, errors = shares + (error * weight[some, None]).sum(1), errors + error.sum(1)
         return shares, errors
 
-    def _fold_errors(self, some: slice, products: Tensor, moments: _Moments) -> Tensor:
+    def _fold_errors(self, some: slice, held_out: Tensor, whole: Tensor, moments: _Moments) -> Tensor:
         """Squared errors on some folds, ``[alpha, fold, block, target]``."""
-        dtype = products.dtype
+        dtype = whole.dtype
         vectors, values, gram = (x[some].to(dtype) for x in (self._vectors, self._values, self._test))
         n, n_train = (x[some, ..., None].to(dtype) for x in (self._n, self._n_train))
         mean_y, total_y = (x[some, None, :, None] for x in (moments.train_mean, moments.total))  # [fold, 1, target, 1]
@@ -142,8 +143,8 @@ class RidgeDesign:
             x[some].to(dtype)[..., None, :] @ vectors for x in (self._mean, self._total)
         )  # [.., block, 1, d]
         # covariances of targets and features in the eigenbasis, about the means of the training rows
-        test = products[some] @ vectors
-        train = (products.sum(0) @ vectors).sub_(test).addcmul_(n_train * mean_y, mean, value=-1)
+        test = held_out @ vectors
+        train = (whole @ vectors).sub_(test).addcmul_(n_train * mean_y, mean, value=-1)
         # Σ(y - m_y)(x - m) = Σyx - m_y·Σx - (Σy - n·m_y)·m
         test.addcmul_(mean_y, total, value=-1).addcmul_(total_y - n * mean_y, mean, value=-1)
         inverse = 1 / (values[..., None, :] + values.new_tensor(self.alphas)[:, None])  # [fold, block, alpha, d]
@@ -164,8 +165,8 @@ def constant(y: Tensor) -> Tensor:
 def _by_fold(blocks: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
     """Gather the rows of each fold, blocks side by side and zero-padded to one width, in float64."""
     width = max(block.shape[1] for block in blocks)
-    wide = [functional.pad(block, (0, width - block.shape[1])) for block in blocks]
-    return [torch.stack([block[index] for block in wide], 1).double() for index in rows]
+    wide = torch.stack([functional.pad(block, (0, width - block.shape[1])) for block in blocks], 1)
+    return [wide[index].double() for index in rows]
 
 
 def _centred(x: list[Tensor]) -> list[Tensor]:
