@@ -44,7 +44,7 @@ def methods_for(ppo: Ppo) -> dict[str, Method | list[Method]]:
 
 
 def schedule(total_steps: int) -> Trigger:
-    """Geometric ticks, close together where training is young, plus one every 2 % of it; about 64 in all."""
+    """Geometric ticks, close together where training is young, plus one every 2 % of it; about 58 in all."""
     return At(0) | Geometric(first=1, last=total_steps, n=8) | Every(fraction=0.02, total_steps=total_steps)
 
 
