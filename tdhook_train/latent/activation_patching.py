@@ -133,11 +133,11 @@ class ActivationPatching(Method):
         prefixed = {key: ("source", *((key,) if isinstance(key, str) else key)) for key in inputs}
         given = {key: seen.batch.get(prefixed[key], None) for key in inputs}
         rows = len(seen.batch)
-        if rows < 2 and not any(value is not None for value in given.values()):
-            raise SettingsError(f"ActivationPatching pairs rows with each other and needs 2 or more, got {rows}")
         if any(value is not None for value in given.values()):
             index = evenly_spaced(rows, self.pairs)
             sources = {k: (inputs[k] if v is None else v)[index] for k, v in given.items()}
+        elif rows < 2:
+            raise SettingsError(f"ActivationPatching pairs rows with each other and needs 2 or more, got {rows}")
         else:
             index = evenly_spaced(rows, min(self.pairs, rows - rows % 2))
             sources = {key: value[index.roll(len(index) // 2)] for key, value in inputs.items()}

@@ -46,8 +46,9 @@ class RidgeProbe(Method):
     Writes:
         ``r2`` [layer, target]: R², mean over folds, best penalty. ``r2_pooled``: R² of all held-out rows together, at
         that penalty. ``r2_path`` [layer, target, alpha]. ``alpha``: the best penalty. ``r2_observation``,
-        ``r2_initial``, ``r2_null``: the baselines and the null, in the shape of ``r2``. ``p``: share of shifts that
-        score at least as much, itself counted. ``reason``, ``null_reason``: why a NaN (see ``legend``).
+        ``r2_initial``, ``r2_null``: the baselines and the null, in the shape of ``r2``; a baseline is NaN where its
+        features are not finite, more than 4,096, or not known. ``p``: share of shifts that score at least as much,
+        itself counted. ``reason``, ``null_reason``: why a NaN (see ``legend``).
 
     Source: Alain and Bengio 2016, arXiv:1610.01644; splits and null as in the project's notes on probes.
     """
@@ -72,6 +73,7 @@ class RidgeProbe(Method):
             2: "the target is constant within every fold",
             3: "the target is not finite",
             4: "the activations are not finite",
+            5: "the layer gives more features than can be solved",
         },
         "null_reason": {
             0: "scored",
@@ -125,10 +127,9 @@ class RidgeProbe(Method):
         targets = columns(seen.batch, named(self.target), rows).values()
         y = torch.stack([column.detach().double() for column in targets], 1).to(blocks[0].device)
         folds = self._folds(seen, rows)
-        finite = torch.stack([block.sum() for block in blocks]).isfinite().cpu()  # NaN and infinity survive a sum
-        design = _Designs([b if ok else torch.zeros_like(b) for b, ok in zip(blocks, finite, strict=True)], folds, self)
-        reason = _target_reasons(y, folds)[None].repeat(len(blocks), 1)
-        reason[~finite] = 4
+        design = _Designs(blocks, folds, self)
+        of_layer = design.reasons[:, None]
+        reason = torch.where(of_layer > 0, of_layer, _target_reasons(y, folds))
         usable = torch.where(y.isfinite().all(0), y, torch.zeros_like(y))
         path, pooled_path = design.score(usable)
         path = torch.where((reason == 0)[..., None], path.cpu(), torch.nan)
@@ -184,7 +185,8 @@ class RidgeProbe(Method):
             memo["baselines"] = self._baseline_designs(parts, folds)
         designs = memo["baselines"]
         counts = torch.tensor([len(self.taps(part.model)) for part in parts.values()])
-        usable = torch.isin(reason, torch.tensor([0, 4], dtype=torch.int8))
+        of_layer = torch.tensor([0, 4, 5], dtype=torch.int8)  # reasons that say nothing of the target
+        usable = torch.isin(reason, of_layer)
         scores = designs.best(y)
         raw, initial = scores[: len(parts)].repeat_interleave(counts, 0), scores[len(parts) :]
         out = {"r2_observation": raw, "r2_initial": initial if len(initial) else torch.full_like(raw, torch.nan)}
@@ -204,20 +206,21 @@ class RidgeProbe(Method):
 
 
 class _Designs:
-    """Designs of many blocks: those of like width padded to one and solved in one batch."""
+    """Designs of many blocks: those of like width padded to one and solved in one batch.
+
+    A block that cannot be solved is put out of the way; ``reasons`` says why, by the probe's legend.
+    """
 
     def __init__(self, blocks: Sequence[Tensor], folds: Tensor, probe: RidgeProbe) -> None:
-        self._count = len(blocks)
+        finite = torch.stack([block.sum() for block in blocks]).isfinite().cpu()  # NaN and infinity survive a sum
+        narrow = torch.tensor([block.shape[1] <= _MAX_WIDTH for block in blocks])
+        self.reasons = torch.where(narrow, torch.where(finite, 0, 4), 5).to(torch.int8)
+        solved = [b if not why else b.new_zeros(len(b), 1) for b, why in zip(blocks, self.reasons, strict=True)]
         batches: dict[int, list[int]] = {}
-        for i, block in enumerate(blocks):
-            if block.shape[1] > _MAX_WIDTH:
-                raise SettingsError(
-                    f"RidgeProbe solves layers of up to {_MAX_WIDTH} units, got one of {block.shape[1]}; "
-                    "name the layers to probe: layers=(...)"
-                )
+        for i, block in enumerate(solved):
             batches.setdefault(max(64, 1 << (block.shape[1] - 1).bit_length()), []).append(i)
         self._batches = [
-            (index, RidgeDesign([blocks[i] for i in index], folds, probe.alphas)) for index in batches.values()
+            (index, RidgeDesign([solved[i] for i in index], folds, probe.alphas)) for index in batches.values()
         ]
 
     def score(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,8 +231,8 @@ class _Designs:
         return self._in_order([design.score_shifted(y, shifts) for _, design in self._batches], 1)
 
     def best(self, y: Tensor) -> Tensor:
-        """R² averaged over folds at the best penalty, ``[block, target]``."""
-        return self.score(y)[0].amax(-1).cpu()
+        """R² averaged over folds at the best penalty, NaN for a block that was not solved: ``[block, target]``."""
+        return torch.where(self.reasons[:, None] == 0, self.score(y)[0].amax(-1).cpu(), torch.nan)
 
     def _in_order(self, parts: Sequence[Tensor], axis: int) -> Tensor:
         if len(parts) == 1:

@@ -88,7 +88,11 @@ def measure(
         failed: told the row and the error of a method; where it does not raise, that row is left out.
     """
     began = time.perf_counter()
-    parts = _look(subject, rows, source, tick)
+    try:
+        parts = _look(subject, rows, source, tick)
+    except Exception as error:  # whatever the user's network or a method raises; see below
+        failed("the shared pass", error)
+        return []
     shared_s = (time.perf_counter() - began) / len(rows)
     out = []
     for name, methods in rows.items():

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, cast
 
@@ -14,7 +15,14 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from tdhook_train.buffer import ArtifactBuffer
-from tdhook_train.errors import ClosedError, KeyMissingError, SettingsError, did_you_mean
+from tdhook_train.errors import (
+    ClosedError,
+    KeyMissingError,
+    NetworkError,
+    SchemaError,
+    SettingsError,
+    did_you_mean,
+)
 from tdhook_train.method import Method
 from tdhook_train.observer.measure import Row, Source, Tick, measure
 from tdhook_train.observer.meter import Meter
@@ -80,6 +88,11 @@ class Observer:
         if not isinstance(into, ArtifactBuffer):
             into = ArtifactBuffer(into, resume=resume, overwrite=overwrite)
         self.buffer = into
+        try:
+            self._take_over_stored()
+        except BaseException:
+            self.buffer.close()
+            raise
         self.clock = Clock()
         self.meter = Meter()
         self.subject: Subject | None = None
@@ -101,9 +114,12 @@ class Observer:
 
         Raises:
             PathError: a layer pattern that matches no module.
-            NetworkError: the model holds no network, or ``networks=`` names none.
+            NetworkError: the model holds no network, or ``networks=`` names none, or another model is observed.
         """
         self._check_open()
+        if self.subject is not None and self.subject.model is not model:
+            known, given = (type(m).__name__ for m in (self.subject.model, model))
+            raise NetworkError(f"this observer observes another {known}; make one more observer for this {given}")
         subject = Subject(model, in_keys, out_keys)
         for methods in self.methods.values():
             for method in methods:
@@ -272,7 +288,8 @@ class Observer:
                 if not source.ready:
                     self._skip("not ready", f"{source!r}")
                     continue
-                self._store(name, source)
+                if not self._stored(name).is_file():
+                    source.save(self._stored(name))
                 found[name] = Source(
                     source.td,
                     source.fingerprint,
@@ -289,10 +306,22 @@ class Observer:
             found[name] = Source(batch.td, fingerprint(batch.td), batch.groups)
         return found
 
-    def _store(self, name: str, source: ProbeSet) -> None:
-        path = self.buffer.folder("probe_sets") / f"{name or 'probe_set'}.pt"
-        if not path.exists():
-            source.save(path)
+    def _stored(self, name: str) -> Path:
+        return self.buffer.folder("probe_sets") / f"{name or 'probe_set'}.pt"
+
+    def _take_over_stored(self) -> None:
+        """Go on with the probe sets of a resumed run: rows of different data are never mixed."""
+        for name, source in self.sources.items():
+            if not isinstance(source, ProbeSet) or not self._stored(name).is_file():
+                continue
+            stored = ProbeSet.load(self._stored(name))
+            if not source.ready:
+                source.take_over(stored)
+            elif source.fingerprint != stored.fingerprint:
+                raise SchemaError(
+                    f"the rows in {self.buffer.path} were measured on {stored!r}, not on {source!r}; "
+                    f"go on with ProbeSet.load({str(self._stored(name))!r}), or choose another folder"
+                )
 
     def _row_name(self, row: str, source: str) -> str:
         return f"{row}.{source}" if source else row

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import GroupsError, KeyMissingError, SettingsError
+from tdhook_train.ops.files import whole_file
 from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.ops.folds import in_blocks
 from tdhook_train.undo import Undo
@@ -89,6 +89,11 @@ class ProbeSet:
                 self._fix(self._pending.whole_trajectories())
         return batch
 
+    def take_over(self, other: ProbeSet) -> None:
+        """Become another, complete probe set, as a resumed run needs that has collected its first frames before."""
+        self._wanted = "rows" if other.independent else "auto" if other.groups is None else other.groups
+        self._fix(other.td)
+
     @property
     def ready(self) -> bool:
         """Whether the batch is complete."""
@@ -129,13 +134,10 @@ class ProbeSet:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the probe set to one file."""
-        target = Path(path)
-        partial = target.with_suffix(".partial")
         names = [[list(_path(key)), labels] for key, labels in self.feature_names.items()]
         state = {"td": self.td.cpu().to_dict(), "groups": self.groups, "independent": self.independent, "names": names}
-        with _removed_on_error(partial):
+        with whole_file(Path(path)) as partial:
             torch.save(state, partial)
-            partial.replace(target)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ProbeSet:
@@ -235,12 +237,3 @@ def _groups(td: TensorDictBase, wanted: Groups) -> Tensor | None:
     done = _done(td)
     # a new trajectory begins on the row after a done flag
     return None if done is None else torch.cat([torch.zeros(1, dtype=torch.int64), done[:-1].cpu().long().cumsum(0)])
-
-
-@contextmanager
-def _removed_on_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise

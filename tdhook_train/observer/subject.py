@@ -13,6 +13,7 @@ from torch import nn
 from tdhook_train.errors import NetworkError, SchemaError
 from tdhook_train.hooks import HookedModel
 from tdhook_train.isolation import View, is_loss, isolated, private_copy
+from tdhook_train.ops.files import whole_file
 from tdhook_train.ops.fingerprint import fingerprint
 
 __all__ = ["Subject"]
@@ -51,9 +52,8 @@ class Subject:
 
     def save_initial(self, path: Path) -> None:
         """Write the weights at initialisation to one file."""
-        partial = path.with_suffix(".partial")
-        torch.save({name: _weights(hooked.module).to_dict() for name, hooked in self.initial.items()}, partial)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            torch.save({name: _weights(hooked.module).to_dict() for name, hooked in self.initial.items()}, partial)
 
     def load_initial(self, path: Path) -> None:
         """Read the weights at initialisation of an earlier attempt."""

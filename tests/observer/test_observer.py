@@ -19,8 +19,10 @@ from tdhook_train.errors import (
     ClosedError,
     GroupsError,
     KeyMissingError,
+    NetworkError,
     PathError,
     RunExistsError,
+    SchemaError,
     SettingsError,
 )
 from tdhook_train.latent import RidgeProbe
@@ -89,9 +91,10 @@ def test_finish_measures_the_last_weights_once(tmp_path: Path) -> None:
 def test_draws_follow_from_seed_and_step_alone(tmp_path: Path) -> None:
     def draws(name: str, seed: int, steps: range) -> dict[int, float]:
         observer = Observer({"m": MeanWeight()}, when=Every(optim_steps=1), into=tmp_path / name, seed=seed)
+        model = nn.Linear(3, 2)
         for step in steps:
             torch.rand(step + 1)  # the global generator is somebody else's
-            observer.step(nn.Linear(3, 2), batch(), step=step)
+            observer.step(model, batch(), step=step)
         rows = observer.buffer["m"]
         found = dict(zip(rows.steps.tolist(), rows.series("drawn").tolist(), strict=True))
         observer.close()
@@ -231,6 +234,32 @@ def test_a_live_module_is_left_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(not m._forward_hooks for m in model.modules())
     assert set(given.keys()) == keys
+
+
+def test_a_resumed_run_goes_on_with_its_probe_set(tmp_path: Path) -> None:
+    first = ProbeSet(batch(20), groups="rows")
+    with Observer({"m": MeanWeight()}, when=At(0), into=tmp_path, on=first) as observer:
+        observer.step(nn.Linear(3, 2), step=0)
+    again = ProbeSet.first(frames=10)  # would collect other frames
+    with Observer({"m": MeanWeight()}, when=At(1), into=tmp_path, on=again, resume=True) as observer:
+        observer.step(nn.Linear(3, 2), step=1)
+        assert len(observer.buffer["m"].series(("meta", "data")).unique()) == 1
+    with pytest.raises(SchemaError, match=r"were measured on ProbeSet\(20 rows"):
+        Observer({"m": MeanWeight()}, when=At(2), into=tmp_path, on=ProbeSet(batch(30)), resume=True)
+
+
+def test_one_observer_observes_one_model(tmp_path: Path) -> None:
+    with Observer({"m": MeanWeight()}, when=Every(optim_steps=1), into=tmp_path) as observer:
+        observer.step(nn.Linear(3, 2), batch(), step=1)
+        with pytest.raises(NetworkError, match="observes another Linear; make one more observer for this Linear"):
+            observer.step(nn.Linear(3, 2), batch(), step=2)
+
+
+def test_an_error_in_the_shared_pass_follows_the_same_policy(tmp_path: Path) -> None:
+    with Observer({"m": MeanWeight()}, when=At(0), into=tmp_path, on_error="skip") as observer:
+        assert not observer.step(nn.Linear(7, 2), batch(), step=0)  # the batch does not fit
+        (event,) = observer.buffer.events("error")
+        assert event["row"] == "the shared pass"
 
 
 def test_bad_settings_are_refused_when_made(tmp_path: Path) -> None:
