@@ -9,31 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import GroupsError
 from tdhook_train.hooks import HookedModel
 from tdhook_train.method import Method, Part, Seen, look
+from tdhook_train.observer.sources import Source
 from tdhook_train.observer.subject import Subject
 from tdhook_train.ops.join import Measured, merge
 from tdhook_train.schedule import Times
 
-__all__ = ["Row", "Source", "Tick", "measure"]
+__all__ = ["Row", "Tick", "measure"]
 
 Rows = Mapping[str, Sequence[Method]]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A batch to measure on, with what is known of its rows."""
-
-    batch: TensorDictBase
-    fingerprint: int
-    groups: Tensor | None = None
-    ordered: bool = False
-    independent: bool = False
-    names: Mapping[NestedKey, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, cast
 
@@ -17,24 +16,19 @@ from torch import nn
 from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.errors import (
     ClosedError,
-    KeyMissingError,
     NetworkError,
-    SchemaError,
     SettingsError,
     did_you_mean,
 )
 from tdhook_train.method import Method
-from tdhook_train.observer.measure import Row, Source, Tick, measure
+from tdhook_train.observer.measure import Row, Tick, measure
 from tdhook_train.observer.meter import Meter
-from tdhook_train.observer.probe_set import ProbeSet
+from tdhook_train.observer.sources import On, Source, Sources
 from tdhook_train.observer.subject import Subject
-from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.schedule import Budget, Clock, Trigger
 from tdhook_train.undo import Undo
 
 __all__ = ["Observer"]
-
-On = Literal["batch"] | ProbeSet | Mapping[str, "Literal['batch'] | ProbeSet"]
 
 
 class Observer:
@@ -47,8 +41,9 @@ class Observer:
         methods: what to measure, by the name of its rows; several methods in a list share a row.
         when: which moments; see :mod:`tdhook_train.schedule`.
         into: an :class:`~tdhook_train.buffer.ArtifactBuffer`, or the folder to make one in.
-        on: ``"batch"`` (the one the training is about to use), a :class:`ProbeSet`, or several of these by name; rows
-            of ``{"first": ...}`` are then named ``probe.first``.
+        on: ``"batch"`` (the one the training is about to use), a
+            :class:`~tdhook_train.observer.ProbeSet`, or several of these by name; rows of ``{"first": ...}`` are then
+            named ``probe.first``.
         budget: share of wall time that observing may take; ticks past it are skipped and the skip is recorded.
         seed: of what methods draw.
         on_error: an error of a method stops the training (``"raise"``), warns (``"warn"``) or is only recorded
@@ -84,15 +79,8 @@ class Observer:
         if on_error not in ("raise", "warn", "skip"):
             raise SettingsError(f"on_error={on_error!r}{did_you_mean(on_error, ('raise', 'warn', 'skip'))}")
         self.when, self.budget, self.seed, self.on_error = when, budget, seed, on_error
-        self.sources = _named_sources(on)
-        if not isinstance(into, ArtifactBuffer):
-            into = ArtifactBuffer(into, resume=resume, overwrite=overwrite)
-        self.buffer = into
-        try:
-            self._take_over_stored()
-        except BaseException:
-            self.buffer.close()
-            raise
+        self.sources = Sources(on)
+        self.buffer = _opened(into, self.sources, resume=resume, overwrite=overwrite)
         self.clock = Clock()
         self.meter = Meter()
         self.subject: Subject | None = None
@@ -162,8 +150,7 @@ class Observer:
         clock.epoch = clock.epoch if epoch is None else epoch
         clock.batches += 1
         clock.seconds = self.meter.elapsed_s
-        if "batch" in self.sources.values():
-            self._last_batch = batch
+        self._last_batch = batch if self.sources.wants_batch else None
         due = not self._closed and not self._paused and self.when.due(clock)
         clock.asked()
         return due and self._tick(model)
@@ -236,7 +223,7 @@ class Observer:
             return False
         by_method_s: dict[str, float] = {}
         try:
-            for name, source in self._ready_sources().items():
+            for name, source in self.sources.ready(self._last_batch, self.buffer.folder("probe_sets"), self._skip):
                 rows, weights = self._measure(model, name, source)
                 for row in rows:
                     self._commit(row, name, source, weights)
@@ -251,9 +238,8 @@ class Observer:
         if self.subject is None or self.subject.model is not model:
             self.attach(model)
         subject = cast(Subject, self.subject)
-        fixed = isinstance(self.sources[name], ProbeSet)
         previous = {row: self._previous.get(self._row_name(row, name)) for row in self.methods}
-        tick = Tick(self.clock.now, self.seed, previous, self._memo.setdefault(name, {}) if fixed else {})
+        tick = Tick(self.clock.now, self.seed, previous, self._memo.setdefault(name, {}) if source.fixed else {})
         with subject.view.open(seed=tick.generator("model").initial_seed()):
             return measure(subject, self.methods, source, tick, self._failed), subject.fingerprint()
 
@@ -280,48 +266,6 @@ class Observer:
         legend = {key: dict(codes) for method in methods for key, codes in method.legend.items()}
         settings = [method.settings() for method in methods]
         self.buffer.declare(name, dims=row.measured.dims, coords=labels, settings=settings, legend=legend)
-
-    def _ready_sources(self) -> dict[str, Source]:
-        found: dict[str, Source] = {}
-        for name, source in self.sources.items():
-            if isinstance(source, ProbeSet):
-                if not source.ready:
-                    self._skip("not ready", f"{source!r}")
-                    continue
-                if not self._stored(name).is_file():
-                    source.save(self._stored(name))
-                found[name] = Source(
-                    source.td,
-                    source.fingerprint,
-                    source.groups,
-                    source.ordered,
-                    source.independent,
-                    source.feature_names,
-                )
-                continue
-            if self._last_batch is None:
-                raise KeyMissingError('on="batch" needs the batch: observer.step(model, batch, step=...)')
-            batch = ProbeSet(self._last_batch)
-            # a minibatch is shuffled: its rows may look like blocks by chance, and are in no order of time
-            found[name] = Source(batch.td, fingerprint(batch.td), batch.groups)
-        return found
-
-    def _stored(self, name: str) -> Path:
-        return self.buffer.folder("probe_sets") / f"{name or 'probe_set'}.pt"
-
-    def _take_over_stored(self) -> None:
-        """Go on with the probe sets of a resumed run: rows of different data are never mixed."""
-        for name, source in self.sources.items():
-            if not isinstance(source, ProbeSet) or not self._stored(name).is_file():
-                continue
-            stored = ProbeSet.load(self._stored(name))
-            if not source.ready:
-                source.take_over(stored)
-            elif source.fingerprint != stored.fingerprint:
-                raise SchemaError(
-                    f"the rows in {self.buffer.path} were measured on {stored!r}, not on {source!r}; "
-                    f"go on with ProbeSet.load({str(self._stored(name))!r}), or choose another folder"
-                )
 
     def _row_name(self, row: str, source: str) -> str:
         return f"{row}.{source}" if source else row
@@ -355,9 +299,13 @@ def _grouped(methods: Mapping[str, Method | Sequence[Method]]) -> dict[str, tupl
     return grouped
 
 
-def _named_sources(on: On) -> dict[str, Literal["batch"] | ProbeSet]:
-    named = dict(on) if isinstance(on, Mapping) else {"": on}
-    for name, source in named.items():
-        if source != "batch" and not isinstance(source, ProbeSet):
-            raise SettingsError(f'on={source!r} ({name or "on"}) is neither "batch" nor a ProbeSet')
-    return named
+def _opened(
+    into: ArtifactBuffer | str | os.PathLike[str], sources: Sources, *, resume: bool, overwrite: bool
+) -> ArtifactBuffer:
+    buffer = into if isinstance(into, ArtifactBuffer) else ArtifactBuffer(into, resume=resume, overwrite=overwrite)
+    try:
+        sources.agree_with(buffer.folder("probe_sets"))
+    except BaseException:
+        buffer.close()
+        raise
+    return buffer

@@ -1,0 +1,115 @@
+"""What a run is measured on: the batch in training, or probe sets, which a run keeps in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from tdhook_train.errors import KeyMissingError, SchemaError, SettingsError
+from tdhook_train.observer.probe_set import ProbeSet
+
+__all__ = ["On", "Source", "Sources"]
+
+On = Literal["batch"] | ProbeSet | Mapping[str, Literal["batch"] | ProbeSet]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A batch to measure on, with what is known of its rows."""
+
+    batch: TensorDictBase
+    fingerprint: int
+    groups: Tensor | None = None
+    ordered: bool = False
+    independent: bool = False
+    names: Mapping[NestedKey, list[str]] = field(default_factory=dict)
+    fixed: bool = False  # the same at every tick
+
+    @classmethod
+    def of(cls, probe_set: ProbeSet) -> Source:
+        """Take a complete probe set."""
+        return cls(
+            probe_set.td,
+            probe_set.fingerprint,
+            probe_set.groups,
+            probe_set.ordered,
+            probe_set.independent,
+            probe_set.feature_names,
+            fixed=True,
+        )
+
+
+class Sources:
+    """The batches an observer measures on, by name; one without a name has the empty one.
+
+    Args:
+        on: ``"batch"``, a probe set, or several of these by name.
+
+    Raises:
+        SettingsError: something else was given.
+    """
+
+    def __init__(self, on: On) -> None:
+        self._named = dict(on) if isinstance(on, Mapping) else {"": on}
+        for name, source in self._named.items():
+            if source != "batch" and not isinstance(source, ProbeSet):
+                raise SettingsError(f'on={source!r} ({name or "on"}) is neither "batch" nor a ProbeSet')
+        self.wants_batch = "batch" in self._named.values()
+
+    def agree_with(self, folder: Path) -> None:
+        """Go on with the probe sets that a resumed run keeps: rows of different data are never mixed.
+
+        Raises:
+            SchemaError: another probe set was given than the run was measured on.
+        """
+        for name, source in self._probe_sets():
+            path = _file(folder, name)
+            if not path.is_file():
+                continue
+            stored = ProbeSet.load(path)
+            if not source.ready:
+                source.take_over(stored)
+            elif source.fingerprint != stored.fingerprint:
+                raise SchemaError(
+                    f"the rows beside {folder} were measured on {stored!r}, not on {source!r}; "
+                    f"go on with ProbeSet.load({str(path)!r}), or choose another folder"
+                )
+
+    def ready(
+        self, batch: TensorDictBase | None, folder: Path, skip: Callable[[str, str], None]
+    ) -> Iterator[tuple[str, Source]]:
+        """Yield what can be measured on now; keep a probe set in the run's folder the first time.
+
+        Args:
+            batch: the batch in training.
+            folder: where probe sets are kept.
+            skip: told why and what is not ready.
+
+        Raises:
+            KeyMissingError: the batch in training is wanted, but was not given.
+        """
+        for name, source in self._probe_sets():
+            if not source.ready:
+                skip("not ready", f"{source!r}")
+                continue
+            if not _file(folder, name).is_file():
+                source.save(_file(folder, name))
+            yield name, Source.of(source)
+        for name in [name for name, source in self._named.items() if source == "batch"]:
+            if batch is None:
+                raise KeyMissingError('on="batch" needs the batch: observer.step(model, batch, step=...)')
+            now = ProbeSet(batch)
+            # a minibatch is shuffled: its rows may look like blocks by chance, and are in no order of time
+            yield name, Source(now.td, now.fingerprint, now.groups)
+
+    def _probe_sets(self) -> Iterator[tuple[str, ProbeSet]]:
+        return ((name, source) for name, source in self._named.items() if isinstance(source, ProbeSet))
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name or 'probe_set'}.pt"
