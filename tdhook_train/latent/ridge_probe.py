@@ -50,7 +50,8 @@ class RidgeProbe(Method):
         features are not finite, more than 4,096, or not known. ``p``: share of shifts that score at least as much,
         itself counted. ``reason``, ``null_reason``: why a NaN (see ``legend``).
 
-    Source: Alain and Bengio 2016, arXiv:1610.01644; splits and null as in the project's notes on probes.
+    Source: Alain and Bengio 2016, arXiv:1610.01644; why a score needs a control: Hewitt and Liang 2019,
+    arXiv:1909.03368.
     """
 
     layers: str | tuple[str, ...] = "**"

@@ -6,13 +6,13 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook_train.errors import GroupsError
+from tdhook_train.errors import GroupsError, SettingsError
 from tdhook_train.hooks import HookedModel
 from tdhook_train.method import Method, Part, Seen, look
 from tdhook_train.observer.sources import Source
@@ -20,7 +20,7 @@ from tdhook_train.observer.subject import Subject
 from tdhook_train.ops.join import Measured, merge
 from tdhook_train.schedule import Times
 
-__all__ = ["Row", "Tick", "measure"]
+__all__ = ["Row", "Tick", "measure", "rows_of"]
 
 Rows = Mapping[str, Sequence[Method]]
 
@@ -62,6 +62,25 @@ class Row:
     name: str
     measured: Measured
     cost_s: float
+
+
+def rows_of(methods: Mapping[str, Method | Sequence[Method]]) -> dict[str, tuple[Method, ...]]:
+    """Bring what a user asks for to one form: the methods of each row.
+
+    Raises:
+        SettingsError: nothing to measure, or something that is no method.
+    """
+    if not methods:
+        raise SettingsError('an observer needs methods, e.g. {"probe": RidgeProbe(target="action")}')
+    grouped: dict[str, tuple[Method, ...]] = {}
+    for name, given in methods.items():
+        grouped[name] = tuple(given) if isinstance(given, list | tuple) else (cast(Method, given),)
+        for method in grouped[name]:
+            if not isinstance(method, Method):
+                raise SettingsError(f"methods[{name!r}] holds {method!r}, which is no Method")
+        if not grouped[name]:
+            raise SettingsError(f"methods[{name!r}] is empty")
+    return grouped
 
 
 def measure(

@@ -21,7 +21,7 @@ from tdhook_train.errors import (
     did_you_mean,
 )
 from tdhook_train.method import Method
-from tdhook_train.observer.measure import Row, Tick, measure
+from tdhook_train.observer.measure import Row, Tick, measure, rows_of
 from tdhook_train.observer.meter import Meter
 from tdhook_train.observer.sources import On, Source, Sources
 from tdhook_train.observer.subject import Subject
@@ -73,7 +73,7 @@ class Observer:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.methods = _grouped(methods)
+        self.methods = rows_of(methods)
         if not isinstance(when, Trigger):
             raise SettingsError(f"when={when!r} is no trigger; e.g. when=Every(optim_steps=100) | At(0)")
         if on_error not in ("raise", "warn", "skip"):
@@ -283,20 +283,6 @@ class Observer:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the observer is closed; make a new one (with resume=True to go on in its folder)")
-
-
-def _grouped(methods: Mapping[str, Method | Sequence[Method]]) -> dict[str, tuple[Method, ...]]:
-    if not methods:
-        raise SettingsError('an observer needs methods, e.g. {"probe": RidgeProbe(target="action")}')
-    grouped: dict[str, tuple[Method, ...]] = {}
-    for name, given in methods.items():
-        grouped[name] = tuple(given) if isinstance(given, list | tuple) else (cast(Method, given),)
-        for method in grouped[name]:
-            if not isinstance(method, Method):
-                raise SettingsError(f"methods[{name!r}] holds {method!r}, which is no Method")
-        if not grouped[name]:
-            raise SettingsError(f"methods[{name!r}] is empty")
-    return grouped
 
 
 def _opened(
