@@ -11,13 +11,14 @@ from pathlib import Path
 import gymnasium
 import pytest
 import torch
+from tensordict import TensorDict
 from typer.testing import CliRunner
 
 from tdhook_train import ArtifactBuffer
 from tdhook_train.cli import app, main
 from tdhook_train.errors import EnvironmentNameError, MissingPackageError, RunExistsError, SettingsError
 from tdhook_train.rl.demo import Demo
-from tdhook_train.rl.ppo import make_env
+from tdhook_train.rl.ppo import Ppo, make_env
 
 COMMAND = [sys.executable, "-m", "tdhook_train.cli", "demo"]
 LAYERS_OF_BOTH = 14 + 13  # policy: 7 linear, 6 tanh and the scale; value: 7 linear and 6 tanh
@@ -97,6 +98,26 @@ def test_ctrl_c_keeps_what_was_recorded_and_writes_the_report(tmp_path: Path) ->
     assert (out / "report.html").is_file()
     with ArtifactBuffer.open(out / "artifacts") as buffer:
         assert all(len(buffer[name]) >= committed for name in ("probe", "attribution", "patching", "health"))
+
+
+@pytest.mark.parametrize("behind", [KeyboardInterrupt, ValueError])
+def test_ctrl_c_that_comes_as_another_error_is_ctrl_c(
+    behind: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(*_: object) -> None:
+        # what becomes of an exception inside `with params.to_module(...)`: its __exit__ gives out a TensorDict
+        try:
+            raise behind
+        finally:
+            bool(TensorDict(a=torch.zeros(1)))
+
+    monkeypatch.setattr(Ppo, "update", update)
+    run = Demo(frames=400, out=tmp_path, progress=False).run
+    if behind is KeyboardInterrupt:
+        assert run().interrupted
+    else:
+        with pytest.raises(RuntimeError, match="boolean"):
+            run()
 
 
 def test_a_folder_that_holds_a_run_is_refused_before_training(tmp_path: Path) -> None:

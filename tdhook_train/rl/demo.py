@@ -123,7 +123,9 @@ class Demo:
                     table.writerow(self._line(progress, observer))
                     file.flush()
                     _show(bar, progress, observer)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, RuntimeError) as error:
+                if not _interrupted(error):
+                    raise
                 return True
         return False
 
@@ -143,6 +145,13 @@ class Demo:
             "episodes": len(returns),
             "observer_seconds": observer.meter.spent_s,
         }
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: a block that binds parameters to a module turns it into a RuntimeError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _show(bar: Any, progress: Progress, observer: Observer) -> None:
