@@ -16,6 +16,7 @@ from tdhook_train.errors import NetworkError, PathError, SettingsError, did_you_
 from tdhook_train.hooks import HookedModel
 from tdhook_train.isolation import in_place
 from tdhook_train.ops.join import Labels, Measured, join
+from tdhook_train.ops.targets import refuse_unknown
 from tdhook_train.schedule import Times
 
 __all__ = ["Method", "Part", "Parts", "Prepared", "Seen", "look"]
@@ -137,9 +138,12 @@ class Method(ABC):
 
         Raises:
             PathError: a layer pattern that names no module of any network.
+            TargetError: a target that no network gives out.
             NetworkError: ``networks`` names none.
         """
         chosen = self._chosen(models)
+        if (targets := getattr(self, "targets", None)) is not None:
+            refuse_unknown(targets, {name: model.out_keys for name, model in chosen.items()})
         layers = getattr(self, "layers", ())
         for pattern in (layers,) if isinstance(layers, str) else layers:
             if not any(model.has(pattern) for model in chosen.values()):
@@ -210,6 +214,7 @@ class Prepared:
 
     def __call__(self, td: TensorDictBase, **known: Any) -> TensorDictBase:
         """Return a copy of ``td`` with outputs and artifacts; ``known`` fills further fields of :class:`Seen`."""
+        self.method.check({"": self.model})
         with in_place(self.model.module, seed=0):
             self.model.trace(td)
             values, outputs = look(self.model, td, self.model.sites(self.method.taps(self.model)))

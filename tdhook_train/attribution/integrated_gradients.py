@@ -15,7 +15,7 @@ from tdhook_train.hooks import HookedModel
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.quadrature import gauss_legendre
-from tdhook_train.ops.targets import columns, given_by, named
+from tdhook_train.ops.targets import columns, first_floating, floating, given_by, named
 from tdhook_train.ops.units import evenly_spaced
 
 __all__ = ["IntegratedGradients"]
@@ -129,8 +129,8 @@ class IntegratedGradients(Method):
         if self.init_attr_targets is not None:
             leaves = self.init_attr_targets(outputs, inputs).flatten_keys(".")
             return {"+".join(leaves.keys()): sum(leaf.reshape(rows, -1).sum(1) for leaf in leaves.values())}
-        targets = given_by(named(model.out_keys[0] if self.targets is None else self.targets), model.out_keys)
-        found = columns(outputs, targets, rows)
+        wanted = first_floating(outputs, model.out_keys) if self.targets is None else self.targets
+        found = dict(floating(columns(outputs, given_by(named(wanted), model.out_keys), rows)))
         if not self._many and len(found) != 1:
             raise TargetError(f"target {self.targets!r} has {len(found)} features; explain one, or give a list")
         return found

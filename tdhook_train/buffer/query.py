@@ -95,6 +95,8 @@ class Queries:
 
     def _known(self, key: str | tuple[str, ...]) -> Key:
         known = as_key(key)
+        if known not in self.schema.columns:  # tables and pictures show keys with dots: take them back as well
+            known = next((column for column in self.schema.columns if key_name(column) == key), known)
         if known not in self.schema.columns:
             hint = did_you_mean(key_name(known), map(key_name, self.schema.columns))
             raise KeyMissingError(f"{self._storage.name!r} has no key {show(known)!r}{hint}")

@@ -10,7 +10,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from tdhook_train.errors import KeyMissingError, PathError, did_you_mean
+from tdhook_train.errors import KeyMissingError, PathError, SettingsError, did_you_mean
 from tdhook_train.hooks.paths import TracedSite, matches, module_at, select, trace
 from tdhook_train.hooks.run import Run
 
@@ -76,6 +76,9 @@ class HookedModel:
             inputs: holds ``in_keys``.
             batched: False where the outputs will not have the batch size of the inputs.
         """
+        if not isinstance(inputs, TensorDictBase):
+            example = f"TensorDict({self.in_keys[0]}=x, batch_size=[len(x)])"
+            raise SettingsError(f"{self.title} takes a TensorDict, e.g. {example}; got {type(inputs).__name__}")
         missing = [key for key in self.in_keys if key not in inputs.keys(include_nested=True)]
         if missing:
             known = [str(key) for key in inputs.keys(include_nested=True, leaves_only=True)]

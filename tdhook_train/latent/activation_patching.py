@@ -16,7 +16,7 @@ from tdhook_train.hooks.readers import sole_readers
 from tdhook_train.hooks.versions import run_versions
 from tdhook_train.method import Method, Seen, look
 from tdhook_train.ops.join import Labels
-from tdhook_train.ops.targets import columns, given_by, named
+from tdhook_train.ops.targets import columns, first_floating, floating, given_by, named
 from tdhook_train.ops.units import evenly_spaced, padded
 
 __all__ = ["ActivationPatching"]
@@ -82,8 +82,8 @@ class ActivationPatching(Method):
         """The layers and the metrics."""
         sites = model.sites(self.layers)
         kinds = {str(row.site): row.kind for row in model.traced}
-        targets = columns(seen.batch, self._mine(model), len(seen.batch))
-        return {"layer": list(sites), "layer_type": [kinds[site] for site in sites], "target": list(targets)}
+        targets = list(self._columns(seen.batch, model))
+        return {"layer": list(sites), "layer_type": [kinds[site] for site in sites], "target": targets}
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Patch every layer and every unit of one network."""
@@ -103,11 +103,12 @@ class ActivationPatching(Method):
             done[site] = done[twin] if twin else self._patched(model, base, site, (before, after), expected)
         return _summary([done[site] for site in sites], *metrics.chunk(2))
 
-    def _mine(self, model: HookedModel) -> dict[str, Any]:
-        return given_by(named(model.out_keys[0] if self.targets is None else self.targets), model.out_keys)
+    def _columns(self, outputs: TensorDictBase, model: HookedModel) -> Mapping[str, Tensor]:
+        wanted = first_floating(outputs, model.out_keys) if self.targets is None else self.targets
+        return floating(columns(outputs, given_by(named(wanted), model.out_keys), len(outputs)))
 
     def _metrics(self, outputs: TensorDictBase, model: HookedModel) -> Tensor:
-        return torch.stack(list(columns(outputs, self._mine(model), len(outputs)).values()), 1).detach()
+        return torch.stack(list(self._columns(outputs, model).values()), 1).detach()
 
     def _patched(
         self, model: HookedModel, base: TensorDict, site: str, values: tuple[Tensor, Tensor], expected: TensorDictBase

@@ -70,7 +70,7 @@ def rows_of(methods: Mapping[str, Method | Sequence[Method]]) -> dict[str, tuple
     Raises:
         SettingsError: nothing to measure, or something that is no method.
     """
-    if not methods:
+    if not isinstance(methods, Mapping) or not methods:
         raise SettingsError('an observer needs methods, e.g. {"probe": RidgeProbe(target="action")}')
     grouped: dict[str, tuple[Method, ...]] = {}
     for name, given in methods.items():

@@ -17,6 +17,7 @@ from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.errors import (
     ClosedError,
     NetworkError,
+    RunExistsError,
     SettingsError,
     did_you_mean,
 )
@@ -163,6 +164,8 @@ class Observer:
         """
         if self._closed or self.subject is None:
             return False
+        for source in self.sources.unready():
+            warnings.warn(f"nothing was measured on {source!r}: it never became complete", stacklevel=2)
         counted = self.present_step() if self.present_step is not None else self.clock.step
         self.clock.step = counted if step is None else step
         self.clock.seconds = self.meter.elapsed_s
@@ -217,6 +220,7 @@ class Observer:
 
     def _tick(self, model: nn.Module, *, free: bool = False) -> bool:
         began = time.perf_counter()
+        self._refuse_going_back()
         meter = self.meter
         if not free and self.budget and not self.budget.allows(meter.spent_s, meter.last_s, meter.training_s):
             self._skip("budget", f"{self.meter.share:.2%} of training time spent observing")
@@ -266,6 +270,17 @@ class Observer:
         legend = {key: dict(codes) for method in methods for key, codes in method.legend.items()}
         settings = [method.settings() for method in methods]
         self.buffer.declare(name, dims=row.measured.dims, coords=labels, settings=settings, legend=legend)
+
+    def _refuse_going_back(self) -> None:
+        """Refuse rows of a training that starts again beside those of the one before."""
+        if self.meter.ticks or self._measured_step is not None:
+            return
+        stored = max((int(self.buffer[name].steps[-1]) for name in self.buffer), default=-1)
+        if stored >= self.clock.step:
+            raise RunExistsError(
+                f"{self.buffer.path} holds rows up to step {stored}, but the training is at step {self.clock.step}: "
+                "restore the observer by load_state_dict() from the checkpoint, or start anew with overwrite=True"
+            )
 
     def _row_name(self, row: str, source: str) -> str:
         return f"{row}.{source}" if source else row

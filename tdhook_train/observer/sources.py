@@ -55,10 +55,13 @@ class Sources:
     """
 
     def __init__(self, on: On) -> None:
-        self._named = dict(on) if isinstance(on, Mapping) else {"": on}
+        several = isinstance(on, Mapping) and not isinstance(on, TensorDictBase)  # a TensorDict is a Mapping too
+        self._named: dict[str, Literal["batch"] | ProbeSet] = dict(on) if several else {"": on}  # type: ignore[arg-type, dict-item]
         for name, source in self._named.items():
             if source != "batch" and not isinstance(source, ProbeSet):
-                raise SettingsError(f'on={source!r} ({name or "on"}) is neither "batch" nor a ProbeSet')
+                given = repr(source) if isinstance(source, str) else f"a {type(source).__name__}"
+                where = f" ({name!r})" if name else ""
+                raise SettingsError(f'on={given}{where} is neither "batch" nor a ProbeSet; see ProbeSet(td)')
         self.wants_batch = "batch" in self._named.values()
 
     def agree_with(self, folder: Path) -> None:
@@ -106,6 +109,10 @@ class Sources:
             now = ProbeSet(batch)
             # a minibatch is shuffled: its rows may look like blocks by chance, and are in no order of time
             yield name, Source(now.td, now.fingerprint, now.groups)
+
+    def unready(self) -> list[ProbeSet]:
+        """Return the probe sets that are not complete."""
+        return [source for _, source in self._probe_sets() if not source.ready]
 
     def _probe_sets(self) -> Iterator[tuple[str, ProbeSet]]:
         return ((name, source) for name, source in self._named.items() if isinstance(source, ProbeSet))

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from tdhook_train.errors import KeyMissingError, SettingsError, TargetError, did_you_mean
 
-__all__ = ["Target", "columns", "given_by", "label_of", "named", "read", "split_key"]
+__all__ = [
+    "Target",
+    "columns",
+    "first_floating",
+    "floating",
+    "given_by",
+    "label_of",
+    "named",
+    "read",
+    "refuse_unknown",
+    "split_key",
+]
 
 Target = Any  # a key, a key with feature indices, or a function of the TensorDict
 
@@ -33,12 +44,11 @@ def label_of(target: Target) -> str:
     if callable(target):
         return getattr(target, "__name__", type(target).__name__)
     key, features = split_key(target)
-    name = key if isinstance(key, str) else ".".join(key)
-    return ".".join([name, *map(str, features)])
+    return ".".join([dotted(key), *map(str, features)])
 
 
-def read(td: TensorDictBase, target: Target, *, where: str = "batch") -> Tensor:
-    """Return the values of a target for every row.
+def read(td: TensorDictBase, target: Target) -> Tensor:
+    """Return the values of a target for every row; a nested key may be written with dots.
 
     Raises:
         KeyMissingError: the key is absent; names the nearest ones.
@@ -51,14 +61,60 @@ def read(td: TensorDictBase, target: Target, *, where: str = "batch") -> Tensor:
         return value
     key, features = split_key(target)
     if key not in td.keys(include_nested=True):
-        known = [k if isinstance(k, str) else ".".join(k) for k in td.keys(include_nested=True, leaves_only=True)]
-        name = key if isinstance(key, str) else ".".join(key)
-        raise KeyMissingError(f"target {name!r} is not in the {where}{did_you_mean(name, known)}")
+        known = {dotted(k): k for k in td.keys(include_nested=True, leaves_only=True)}
+        name = dotted(key)
+        if name not in known:
+            raise KeyMissingError(f"target {name!r} is not in the batch{did_you_mean(name, known)}")
+        key = known[name]
     value = td.get(key)
     try:
         return value[(..., *features)] if features else value
     except IndexError as error:
-        raise TargetError(f"target {label_of(target)!r}: {key!r} has shape {tuple(value.shape)}") from error
+        given = ", ".join(map(str, features))
+        raise TargetError(f"target {key!r} has features {tuple(value.shape[1:])}, not number {given}") from error
+
+
+def dotted(key: NestedKey) -> str:
+    """Write a key as one name."""
+    return key if isinstance(key, str) else ".".join(key)
+
+
+def floating(found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Refuse targets that are no floating-point numbers: they cannot be differentiated or moved by degrees.
+
+    Raises:
+        TargetError: names the first.
+    """
+    for name, value in found.items():
+        if not value.is_floating_point():
+            raise TargetError(f"target {name!r} is {value.dtype}; choose a floating-point output, such as logits")
+    return found
+
+
+def first_floating(outputs: TensorDictBase, out_keys: Sequence[NestedKey]) -> NestedKey:
+    """Return the first output that is a floating-point tensor (the first of all where none is)."""
+    for key in out_keys:
+        value = outputs.get(key, None)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return key
+    return out_keys[0]
+
+
+def refuse_unknown(targets: Any, out_keys: Mapping[str, Sequence[NestedKey]]) -> None:
+    """Refuse targets that no network gives out.
+
+    Args:
+        targets: as a method takes them.
+        out_keys: of each network.
+
+    Raises:
+        TargetError: names the first, and the nearest outputs.
+    """
+    every = [key for keys in out_keys.values() for key in keys]
+    for name, target in named(targets).items():
+        if not given_by({name: target}, every):
+            known = [dotted(key) for key in every]
+            raise TargetError(f"target {name!r} is given out by no network{did_you_mean(name, known)}")
 
 
 def named(target: Target | Sequence[Target] | Mapping[str, Target]) -> dict[str, Target]:

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 
-from tdhook_train.errors import NetworkError
+from tdhook_train.errors import NetworkError, SettingsError
 from tdhook_train.isolation import is_loss
 from tdhook_train.observer import Observer
 from tdhook_train.undo import Undo
@@ -68,6 +68,8 @@ def observe_loss(loss: nn.Module, observer: Observer, *, optimizer: torch.optim.
             f"expected a TorchRL loss module, got {type(loss).__name__}; for any other module call "
             "observer.step(module, batch, step=...) in the training loop"
         )
+    if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
+        raise SettingsError(f"optimizer={optimizer!r} is no torch optimizer")
     observer.attach(loss)
     hook = _Hook(observer, counts_calls=optimizer is None)
     hook.steps = observer.clock.step

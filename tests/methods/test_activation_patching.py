@@ -197,7 +197,7 @@ def test_targets_by_feature_by_function_and_by_name():
     assert_close(some["unit_effect"][..., 0], every["unit_effect"][..., 2], equal_nan=True)
     gap = logit_gap({"output": model(td["source", "input"]) - model(td["input"])}).detach()
     assert_close(some["gap"][0, 1], gap.abs().mean())
-    with pytest.raises(TargetError, match="has shape"):
+    with pytest.raises(TargetError, match=r"target 'output' has features \(3,\), not number 7"):
         measured(ActivationPatching(targets=("output", 7)), model, td)
 
 

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from tdhook_train.attribution import IntegratedGradients
 from tdhook_train.errors import KeyMissingError, SettingsError, TargetError
+from tdhook_train.latent import ActivationPatching
 
 
 def td_of(**values):
@@ -210,3 +211,41 @@ def test_the_values_of_captum(target):
     out = measured(IntegratedGradients(targets=("output", target)), model, td)
     assert_close(out["attr", "input"], expected.float(), atol=1e-5, rtol=0)
     assert_close(out["delta"], delta.float(), atol=1e-5, rtol=0)
+
+
+class Chooses(nn.Module):
+    """Gives out what it chose before the scores it chose by, as a TorchRL actor does."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores = nn.Linear(3, 2)
+
+    def forward(self, x):
+        scores = self.scores(x)
+        return scores.argmax(-1, keepdim=True), scores
+
+
+@pytest.mark.parametrize("method", [IntegratedGradients, ActivationPatching])
+def test_the_default_target_is_the_first_that_can_be_differentiated(method):
+    model, td = Chooses(), TensorDict({"input": torch.randn(8, 3)}, [8])
+    with method().prepare(model, out_keys=["chosen", "scores"]) as hooked:
+        hooked(td)
+    with (
+        method(targets="chosen").prepare(model, out_keys=["chosen", "scores"]) as hooked,
+        pytest.raises(TargetError, match=r"target 'chosen' is torch.int64; choose a floating-point output"),
+    ):
+        hooked(td)
+
+
+@pytest.mark.parametrize("method", [IntegratedGradients, ActivationPatching])
+def test_a_misspelt_target_and_a_bare_tensor_are_named(method):
+    with (
+        method(targets=("outpt", 1)).prepare(nn.Linear(3, 2)) as hooked,
+        pytest.raises(TargetError, match=r"target 'outpt.1' is given out by no network; did you mean 'output'"),
+    ):
+        hooked(TensorDict({"input": torch.randn(8, 3)}, [8]))
+    with (
+        method().prepare(nn.Linear(3, 2)) as hooked,
+        pytest.raises(SettingsError, match=r"takes a TensorDict, e.g. TensorDict\(input=x"),
+    ):
+        hooked(torch.randn(8, 3))

@@ -248,6 +248,24 @@ def test_a_resumed_run_goes_on_with_its_probe_set(tmp_path: Path) -> None:
         Observer({"m": MeanWeight()}, when=At(2), into=tmp_path, on=ProbeSet(batch(30)), resume=True)
 
 
+def test_a_resumed_run_that_starts_again_is_refused(tmp_path: Path) -> None:
+    with Observer({"m": MeanWeight()}, when=At(0) | Every(optim_steps=2), into=tmp_path) as observer:
+        trained(observer, 6)
+    with Observer({"m": MeanWeight()}, when=At(0), into=tmp_path, resume=True) as observer:
+        with pytest.raises(RunExistsError, match=r"rows up to step 4, but the training is at step 0.*load_state_dict"):
+            observer.step(nn.Linear(3, 2), batch(), step=0)
+        assert observer.buffer["m"].steps.tolist() == [0, 2, 4]
+
+
+def test_a_probe_set_that_never_fills_is_said_at_the_end(tmp_path: Path) -> None:
+    with Observer({"m": MeanWeight()}, when=At(0), into=tmp_path, on=ProbeSet.first(frames=64)) as observer:
+        model = nn.Linear(3, 2)
+        observer.attach(model)
+        observer.step(model, step=0)
+        with pytest.warns(UserWarning, match=r"nothing was measured on ProbeSet\(0 of 64 frames so far\)"):
+            observer.finish(step=1)
+
+
 def test_one_observer_observes_one_model(tmp_path: Path) -> None:
     with Observer({"m": MeanWeight()}, when=Every(optim_steps=1), into=tmp_path) as observer:
         observer.step(nn.Linear(3, 2), batch(), step=1)
@@ -271,6 +289,10 @@ def test_bad_settings_are_refused_when_made(tmp_path: Path) -> None:
         Observer({"m": MeanWeight()}, when=100, into=tmp_path)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="did you mean 'raise'"):
         Observer({"m": MeanWeight()}, when=At(0), into=tmp_path, on_error="raises")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="needs methods"):
+        Observer(MeanWeight(), when=At(0), into=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match=r"on=a TensorDict is neither .* see ProbeSet"):
+        Observer({"m": MeanWeight()}, when=At(0), into=tmp_path, on=batch())  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="neither"):
         Observer({"m": MeanWeight()}, when=At(0), into=tmp_path, on="batches")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())  # nothing was made

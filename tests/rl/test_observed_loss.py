@@ -17,8 +17,9 @@ from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ClipPPOLoss, SACLoss, SoftUpdate
 
 from tdhook_train import At, Every, Method, Observer, ProbeSet
-from tdhook_train.errors import GroupsError, NetworkError, PathError
-from tdhook_train.latent import RidgeProbe
+from tdhook_train.attribution import IntegratedGradients
+from tdhook_train.errors import GroupsError, NetworkError, PathError, TargetError
+from tdhook_train.latent import ActivationPatching, RidgeProbe
 from tdhook_train.rl import ObservedLoss, networks, observe_loss
 
 
@@ -197,6 +198,14 @@ def test_what_is_no_loss_is_refused(tmp_path: Path) -> None:
 def test_a_pattern_that_matches_no_network_is_refused_before_training(tmp_path: Path) -> None:
     observer = Observer({"p": RidgeProbe(layers="critic_netwrk.**", target="y")}, when=At(0), into=tmp_path)
     with pytest.raises(PathError, match=r"did you mean 'critic_network"):
+        ObservedLoss(ppo(), observer)
+    observer.close()
+
+
+@pytest.mark.parametrize("method", [IntegratedGradients, ActivationPatching])
+def test_a_target_that_no_network_gives_out_is_refused_before_training(method: Any, tmp_path: Path) -> None:
+    observer = Observer({"m": method(targets=["state_value", "logc"])}, when=At(0), into=tmp_path)
+    with pytest.raises(TargetError, match="target 'logc' is given out by no network; did you mean 'loc'"):
         ObservedLoss(ppo(), observer)
     observer.close()
 
