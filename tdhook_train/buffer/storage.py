@@ -85,9 +85,11 @@ class GrowingMemmapStorage(LazyMemmapStorage):
         return [*self._columns.values(), self._words]
 
     def _map(self) -> None:
-        # values may have less room than words, where the disk was full in between
-        self._words.map(self._words.size())
-        capacity = min(file.size() for file in self._files())
+        # values may have less room than words, where the disk was full in between, and by now more than the words
+        # that are mapped, where a writer has grown all files since
+        room = self._words.size()
+        self._words.map(room)
+        capacity = min([room, *(column.size() for column in self._columns.values())])
         for column in self._columns.values():
             column.map(capacity)
         self._storage = _nested({key: column.rows for key, column in self._columns.items()}, capacity)

@@ -160,3 +160,28 @@ def test_a_reader_sees_the_new_run_after_overwriting(path, fill):
         fill(buffer, [77])
     assert reader["probe"].steps.tolist() == [77]
     assert held.series("attr")[:, 0, 0].tolist() == list(range(10))  # what is mapped stays
+
+
+def test_a_writer_may_grow_its_files_while_a_reader_maps_them(path, monkeypatch):
+    with ArtifactBuffer(path) as buffer:
+
+        def grow():
+            room = buffer["a"].storage._capacity
+            while buffer["a"].storage._capacity == room:
+                step = len(buffer["a"])
+                buffer.append("a", {"x": torch.full((3,), float(step))}, step=step)
+
+        buffer.append("a", {"x": torch.zeros(3)}, step=0)
+        reader = ArtifactBuffer.open(path)["a"]
+        words, map_words = reader.storage._words, reader.storage._words.map
+
+        def map_then_grow(room):
+            map_words(room)
+            grow()
+
+        grow()
+        monkeypatch.setattr(words, "map", map_then_grow)
+        seen = reader.steps  # remaps, and the files grow once more in between
+        monkeypatch.undo()
+        assert torch.equal(seen, torch.arange(len(seen)))
+        assert torch.equal(reader.steps, torch.arange(len(buffer["a"])))
