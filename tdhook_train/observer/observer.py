@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, cast
@@ -85,7 +85,7 @@ class Observer:
         self.clock = Clock()
         self.meter = Meter()
         self.subject: Subject | None = None
-        self.present_step: Callable[[], int] | None = None  # set by a front door that counts optimizer steps
+        self.steps_taken: int | None = None  # optimizer steps so far, where a front door counts them
         self.undo = Undo()  # what front doors put on models and optimizers, taken off by close()
         self._paused = 0
         self._closed = False
@@ -166,7 +166,7 @@ class Observer:
             return False
         for source in self.sources.unready():
             warnings.warn(f"nothing was measured on {source!r}: it never became complete", stacklevel=2)
-        counted = self.present_step() if self.present_step is not None else self.clock.step
+        counted = self.clock.step if self.steps_taken is None else self.steps_taken
         self.clock.step = counted if step is None else step
         self.clock.seconds = self.meter.elapsed_s
         self.clock.asked()
@@ -206,13 +206,15 @@ class Observer:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint of the training."""
-        return {"clock": self.clock.state_dict(), "measured_step": self._measured_step}
+        clock = self.clock.state_dict()
+        return {"clock": clock, "measured_step": self._measured_step, "steps_taken": self.steps_taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: rows of later steps are dropped, passed boundaries do not fire again."""
         self._check_open()
         self.clock.load_state_dict(dict(state["clock"]))
         self._measured_step = state["measured_step"]
+        self.steps_taken = state["steps_taken"]
         self._previous.clear()
         self.buffer.truncate(after_step=self.clock.step)
 

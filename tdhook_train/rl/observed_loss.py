@@ -26,7 +26,6 @@ class _Hook:
 
     def __init__(self, observer: Observer | None, *, counts_calls: bool) -> None:
         self.observer = observer
-        self.steps = 0
         self._counts_calls = counts_calls
 
     @torch.compiler.disable
@@ -34,13 +33,14 @@ class _Hook:
         if self.observer is None or not (loss.training and torch.is_grad_enabled()):
             return
         batch = args[0] if args else kwargs.get("tensordict")
-        self.observer.step(loss, batch if isinstance(batch, TensorDictBase) else None, step=self.steps)
+        self.observer.step(loss, batch if isinstance(batch, TensorDictBase) else None, step=self.observer.steps_taken)
         if self._counts_calls:
-            self.steps += 1
+            self.count()
 
     def count(self, *_: Any) -> None:
         """Count one step of the optimizer."""
-        self.steps += 1
+        if self.observer is not None:
+            self.observer.steps_taken = (self.observer.steps_taken or 0) + 1
 
     def __reduce__(self) -> tuple[Callable[..., _Hook], tuple[Any, ...]]:
         return _silent, ()
@@ -72,12 +72,12 @@ def observe_loss(loss: nn.Module, observer: Observer, *, optimizer: torch.optim.
         raise SettingsError(f"optimizer={optimizer!r} is no torch optimizer")
     observer.attach(loss)
     hook = _Hook(observer, counts_calls=optimizer is None)
-    hook.steps = observer.clock.step
+    if observer.steps_taken is None:  # else the observer goes on from a checkpoint
+        observer.steps_taken = observer.clock.step
     with Undo() as undo:
         undo.hook(loss.register_forward_pre_hook(hook, with_kwargs=True))
         if optimizer is not None:
             undo.hook(optimizer.register_step_post_hook(hook.count))
-        undo.set(observer, "present_step", lambda: hook.steps)
         handle = Handle(undo.pop_all())
     observer.undo.callback(handle.remove)
     return handle

@@ -131,6 +131,27 @@ def test_without_an_optimizer_steps_are_calls_in_training(tmp_path: Path) -> Non
     observer.close()
 
 
+@pytest.mark.parametrize("observed_first", [True, False])
+def test_steps_go_on_from_a_checkpoint(observed_first: bool, tmp_path: Path) -> None:
+    def steps(observer: Observer, loss: ClipPPOLoss, count: int) -> None:
+        optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+        observe_loss(loss, observer, optimizer=optimizer)
+        for _ in range(count):
+            total(loss(batch())).backward()
+            optimizer.step()
+
+    with Observer({"b": Bias()}, when=Every(optim_steps=1), into=tmp_path) as observer:
+        steps(observer, ppo(), 3)
+        state = observer.state_dict()
+    with Observer({"b": Bias()}, when=Every(optim_steps=1), into=tmp_path, resume=True) as observer:
+        loss = ppo()
+        if observed_first:
+            observe_loss(loss, observer, optimizer=torch.optim.SGD(loss.parameters(), lr=0.1)).remove()
+        observer.load_state_dict(state)
+        steps(observer, loss, 2)
+        assert observer.buffer["b"].steps.tolist() == [1, 2, 3, 4]
+
+
 def test_removing_the_handle_ends_it(tmp_path: Path) -> None:
     loss = ppo()
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
