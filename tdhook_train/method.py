@@ -16,7 +16,7 @@ from tdhook_train.errors import NetworkError, PathError, SettingsError, did_you_
 from tdhook_train.hooks import HookedModel
 from tdhook_train.isolation import in_place
 from tdhook_train.ops.join import Labels, Measured, join
-from tdhook_train.ops.targets import refuse_unknown
+from tdhook_train.ops.targets import given_by, named, refuse_unknown
 from tdhook_train.schedule import Times
 
 __all__ = ["Method", "Part", "Parts", "Prepared", "Seen", "look"]
@@ -129,8 +129,10 @@ class Method(ABC):
         return tuple(names)
 
     def concerns(self, model: HookedModel) -> bool:
-        """Whether there is anything to measure on this network: a layer that the method names, where it names any."""
-        layers = getattr(self, "layers", None)
+        """Whether this network has a layer and gives out a target that the method names, where it names any."""
+        layers, targets = getattr(self, "layers", None), getattr(self, "targets", None)
+        if targets is not None and not given_by(named(targets), model.out_keys):
+            return False
         return layers is None or bool(model.sites(layers))
 
     def check(self, models: Mapping[str, HookedModel]) -> None:

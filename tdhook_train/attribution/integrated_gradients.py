@@ -15,7 +15,7 @@ from tdhook_train.hooks import HookedModel
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.quadrature import gauss_legendre
-from tdhook_train.ops.targets import columns, first_floating, floating, given_by, named
+from tdhook_train.ops.targets import explained, named, path_of
 from tdhook_train.ops.units import evenly_spaced
 
 __all__ = ["IntegratedGradients"]
@@ -68,11 +68,6 @@ class IntegratedGradients(Method):
         if self.targets is not None:
             named(self.targets)
 
-    def concerns(self, model: HookedModel) -> bool:
-        """A network that gives out one of the targets."""
-        given = self.targets is None or bool(given_by(named(self.targets), model.out_keys))
-        return given and super().concerns(model)
-
     def dims(self, key: NestedKey, ndim: int) -> tuple[str, ...]:
         """One target alone has no dimension of its own."""
         if self._many:
@@ -99,7 +94,7 @@ class IntegratedGradients(Method):
         attr = self._integrate(model, starts, ends)
         rise = self._rise(model, starts, ends)
         total = sum(value.flatten(2).sum(2) if value.ndim > 2 else value for value in attr.values())
-        out = TensorDict({("attr", *_path(key)): value for key, value in attr.items()}, batch_size=[len(index)])
+        out = TensorDict({("attr", *path_of(key)): value for key, value in attr.items()}, batch_size=[len(index)])
         out["delta"] = total - rise
         return out if self._many else out.apply(lambda value: value[:, 0])
 
@@ -117,7 +112,7 @@ class IntegratedGradients(Method):
     def _baseline(self, seen: Seen, key: NestedKey, value: Tensor, index: Tensor) -> Tensor:
         if not value.is_floating_point():
             return value[index]  # a mask or an index does not move along the path
-        given = seen.batch.get(("baseline", *_path(key)), None)
+        given = seen.batch.get(("baseline", *path_of(key)), None)
         if given is not None:
             return given[index]
         if self.baseline == "mean":
@@ -129,8 +124,7 @@ class IntegratedGradients(Method):
         if self.init_attr_targets is not None:
             leaves = self.init_attr_targets(outputs, inputs).flatten_keys(".")
             return {"+".join(leaves.keys()): sum(leaf.reshape(rows, -1).sum(1) for leaf in leaves.values())}
-        wanted = first_floating(outputs, model.out_keys) if self.targets is None else self.targets
-        found = dict(floating(columns(outputs, given_by(named(wanted), model.out_keys), rows)))
+        found = dict(explained(outputs, self.targets, model.out_keys, rows))
         if not self._many and len(found) != 1:
             raise TargetError(f"target {self.targets!r} has {len(found)} features; explain one, or give a list")
         return found
@@ -144,10 +138,10 @@ class IntegratedGradients(Method):
         for chunk in torch.arange(self.points).split(max(1, _ROWS_PER_PASS // rows)):
             with torch.inference_mode(False), torch.enable_grad():
                 path = {key: _between(starts[key], ends[key], at[chunk]) for key in ends}
-                explained = self._forward(model, path)
-            targets = len(explained)
+                found = self._forward(model, path)
+            targets = len(found)
             weight = weights[chunk].repeat_interleave(rows)
-            for i, column in enumerate(explained):
+            for i, column in enumerate(found):
                 for key, grad in zip(moving, _gradients(column, [path[k] for k in moving], weight), strict=True):
                     part = grad.unflatten(0, (len(chunk), rows)).sum(0)
                     sums[i, key] = sums[i, key] + part if (i, key) in sums else part
@@ -165,10 +159,6 @@ class IntegratedGradients(Method):
 
 
 _Point = dict[NestedKey, Tensor]
-
-
-def _path(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)
 
 
 def _between(start: Tensor, end: Tensor, at: Tensor) -> Tensor:

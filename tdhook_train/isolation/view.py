@@ -42,7 +42,7 @@ class ShadowView:
     @contextmanager
     def open(self, seed: int) -> Iterator[None]:
         """Give the copies the present weights; policies act by their mode, and draws follow from ``seed``."""
-        with keep_rng(self.modules.values(), seed), _deterministic():
+        with keep_rng(self.modules.values(), seed), set_interaction_type(InteractionType.DETERMINISTIC):
             for shadow in self._shadows.values():
                 shadow.refresh()
             yield
@@ -62,14 +62,8 @@ class LiveView:
     @contextmanager
     def open(self, seed: int) -> Iterator[None]:
         """Evaluation mode, nothing kept: flags, buffers, gradients and random states return to what they were."""
-        with in_place(self._model, seed), _deterministic():
+        with in_place(self._model, seed), set_interaction_type(InteractionType.DETERMINISTIC):
             yield
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    with set_interaction_type(InteractionType.DETERMINISTIC):
-        yield
 
 
 def isolated(model: nn.Module) -> ShadowView | LiveView:

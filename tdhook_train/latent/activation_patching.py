@@ -16,7 +16,7 @@ from tdhook_train.hooks.readers import sole_readers
 from tdhook_train.hooks.versions import run_versions
 from tdhook_train.method import Method, Seen, look
 from tdhook_train.ops.join import Labels
-from tdhook_train.ops.targets import columns, first_floating, floating, given_by, named
+from tdhook_train.ops.targets import explained, named, path_of
 from tdhook_train.ops.units import evenly_spaced, padded
 
 __all__ = ["ActivationPatching"]
@@ -73,11 +73,6 @@ class ActivationPatching(Method):
         if self.targets is not None:
             named(self.targets)
 
-    def concerns(self, model: HookedModel) -> bool:
-        """A network that gives out one of the targets."""
-        given = self.targets is None or bool(given_by(named(self.targets), model.out_keys))
-        return given and super().concerns(model)
-
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """The layers and the metrics."""
         sites = model.sites(self.layers)
@@ -104,8 +99,7 @@ class ActivationPatching(Method):
         return _summary([done[site] for site in sites], *metrics.chunk(2))
 
     def _columns(self, outputs: TensorDictBase, model: HookedModel) -> Mapping[str, Tensor]:
-        wanted = first_floating(outputs, model.out_keys) if self.targets is None else self.targets
-        return floating(columns(outputs, given_by(named(wanted), model.out_keys), len(outputs)))
+        return explained(outputs, self.targets, model.out_keys, len(outputs))
 
     def _metrics(self, outputs: TensorDictBase, model: HookedModel) -> Tensor:
         return torch.stack(list(self._columns(outputs, model).values()), 1).detach()
@@ -131,7 +125,7 @@ class ActivationPatching(Method):
     def _pair(self, seen: Seen, model: HookedModel) -> tuple[TensorDict, TensorDict]:
         """Return base and source inputs, row by row."""
         inputs = {key: seen.batch.get(key) for key in model.in_keys}
-        prefixed = {key: ("source", *((key,) if isinstance(key, str) else key)) for key in inputs}
+        prefixed = {key: ("source", *path_of(key)) for key in inputs}
         given = {key: seen.batch.get(prefixed[key], None) for key in inputs}
         rows = len(seen.batch)
         if any(value is not None for value in given.values()):

@@ -15,6 +15,7 @@ from tdhook_train.errors import GroupsError, KeyMissingError, SettingsError
 from tdhook_train.ops.files import whole_file
 from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.ops.folds import in_blocks
+from tdhook_train.ops.targets import path_of
 from tdhook_train.undo import Undo
 
 __all__ = ["ProbeSet"]
@@ -134,7 +135,7 @@ class ProbeSet:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the probe set to one file."""
-        names = [[list(_path(key)), labels] for key, labels in self.feature_names.items()]
+        names = [[list(path_of(key)), labels] for key, labels in self.feature_names.items()]
         state = {"td": self.td.cpu().to_dict(), "groups": self.groups, "independent": self.independent, "names": names}
         with whole_file(Path(path)) as partial:
             torch.save(state, partial)
@@ -186,7 +187,7 @@ class _Pending:
         self.undo.callback(put_back)
 
     def take(self, batch: TensorDictBase) -> None:
-        private = [key for key in batch.keys(include_nested=True) if any(p.startswith("_") for p in _path(key))]
+        private = [key for key in batch.keys(include_nested=True) if any(p.startswith("_") for p in path_of(key))]
         self._batches.append(batch.exclude(*private).detach().clone())
 
     def whole_trajectories(self) -> TensorDictBase:
@@ -203,10 +204,6 @@ class _Pending:
         whole = groups[last].unique() if last is not None else groups.unique()
         keep = torch.isin(groups, whole)
         return td[keep] if keep.any() else td
-
-
-def _path(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)
 
 
 def _rows(td: TensorDictBase) -> TensorDictBase:

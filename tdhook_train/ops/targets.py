@@ -13,11 +13,13 @@ from tdhook_train.errors import KeyMissingError, SettingsError, TargetError, did
 __all__ = [
     "Target",
     "columns",
+    "explained",
     "first_floating",
     "floating",
     "given_by",
     "label_of",
     "named",
+    "path_of",
     "read",
     "refuse_unknown",
     "split_key",
@@ -74,9 +76,14 @@ def read(td: TensorDictBase, target: Target) -> Tensor:
         raise TargetError(f"target {key!r} has features {tuple(value.shape[1:])}, not number {given}") from error
 
 
+def path_of(key: NestedKey) -> tuple[str, ...]:
+    """Write a key as a tuple of names."""
+    return (key,) if isinstance(key, str) else tuple(key)
+
+
 def dotted(key: NestedKey) -> str:
     """Write a key as one name."""
-    return key if isinstance(key, str) else ".".join(key)
+    return ".".join(path_of(key))
 
 
 def floating(found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -98,6 +105,16 @@ def first_floating(outputs: TensorDictBase, out_keys: Sequence[NestedKey]) -> Ne
         if isinstance(value, Tensor) and value.is_floating_point():
             return key
     return out_keys[0]
+
+
+def explained(outputs: TensorDictBase, targets: Any, out_keys: Sequence[NestedKey], rows: int) -> Mapping[str, Tensor]:
+    """Read what a method explains of one network, ``[rows]`` each; the first floating output where nothing is named.
+
+    Raises:
+        TargetError: a target is no floating-point number.
+    """
+    wanted = first_floating(outputs, out_keys) if targets is None else targets
+    return floating(columns(outputs, given_by(named(wanted), out_keys), rows))
 
 
 def refuse_unknown(targets: Any, out_keys: Mapping[str, Sequence[NestedKey]]) -> None:
@@ -144,13 +161,12 @@ def columns(td: TensorDictBase, targets: Mapping[str, Target], rows: int) -> dic
 
 def given_by(targets: Mapping[str, Target], out_keys: Sequence[NestedKey]) -> dict[str, Target]:
     """Keep the targets that one network gives out; functions always stay."""
-    known = {(key,) if isinstance(key, str) else tuple(key) for key in out_keys}
+    known = {path_of(key) for key in out_keys}
 
     def given(target: Target) -> bool:
         if callable(target):
             return True
-        key = split_key(target)[0]
-        path = (key,) if isinstance(key, str) else key
+        path = path_of(split_key(target)[0])
         return any(path[: len(name)] == name for name in known)
 
     return {name: target for name, target in targets.items() if given(target)}

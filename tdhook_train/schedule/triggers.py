@@ -129,8 +129,7 @@ class At(Trigger):
 
     def due(self, clock: Clock) -> bool:
         """Whether one of the steps was crossed."""
-        before, now = _reading(clock.before, self.of), _reading(clock.now, self.of)
-        return any(before < step <= now for step in self.steps)
+        return _crossed(self.steps, self.of, clock)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +158,7 @@ class Geometric(Trigger):
 
     def due(self, clock: Clock) -> bool:
         """Whether one of the steps was crossed."""
-        before, now = _reading(clock.before, self.of), _reading(clock.now, self.of)
-        return any(before < step <= now for step in self.steps)
+        return _crossed(self.steps, self.of, clock)
 
 
 @dataclass(frozen=True)
@@ -172,6 +170,11 @@ class When(Trigger):
     def due(self, clock: Clock) -> bool:
         """Ask the function."""
         return bool(self.fn(clock))
+
+
+def _crossed(steps: tuple[int, ...], scale: str, clock: Clock) -> bool:
+    before, now = _reading(clock.before, scale), _reading(clock.now, scale)
+    return any(before < step <= now for step in steps)
 
 
 def _check_scale(scale: str) -> None:
