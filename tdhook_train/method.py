@@ -109,8 +109,7 @@ class Method(ABC):
     def labels(self, seen: Seen, model: HookedModel) -> Labels:  # noqa: ARG002 - subclasses use it
         """Label the dimensions of one network's artifacts; a dimension without labels is numbered."""
         sites = list(self.taps(model))
-        kinds = {str(row.site): row.kind for row in model.traced} if sites else {}
-        return {"layer": sites, "layer_type": [kinds[site] for site in sites]} if sites else {}
+        return {"layer": sites, "layer_type": [model.kind(site) for site in sites]} if sites else {}
 
     def dims(self, key: NestedKey, ndim: int) -> tuple[str, ...]:
         """Name the dimensions of one artifact by :attr:`writes`; a starred name stands for as many as are left."""

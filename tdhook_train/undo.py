@@ -1,13 +1,16 @@
-"""One stack for every change to somebody else's model."""
+"""One stack for every change to somebody else's model, and what is kept while it runs."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Undo"]
+__all__ = ["Undo", "devices_of", "kept_buffers", "kept_rng"]
 
 _ABSENT = object()
 
@@ -31,3 +34,49 @@ class Undo(ExitStack):
             self.callback(delattr, owner, name)
         else:
             self.callback(setattr, owner, name, before)
+
+
+def devices_of(modules: Iterable[nn.Module]) -> set[torch.device]:
+    """Return the devices on which parameters or buffers lie, the CPU left out."""
+    return {
+        tensor.device
+        for module in modules
+        for tensors in (module.parameters(), module.buffers())
+        for tensor in tensors
+        if tensor.device.type not in ("cpu", "meta")
+    }
+
+
+@contextmanager
+def kept_rng(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Put the random states of the CPU and of these devices back on the way out."""
+    # not fork_rng, which asks every GPU of the machine, and takes several times as long where there is none
+    before = torch.default_generator.get_state()
+    others = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+        for device, state in others:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put buffers back on the way out: the same tensors, holding the same values, and no others."""
+    before = [
+        (module, dict(module._buffers), {k: v.detach().clone() for k, v in module._buffers.items() if v is not None})
+        for module in modules
+        if module._buffers
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, buffers, copies in before:
+                module._buffers.clear()
+                module._buffers.update(buffers)  # a module may have put another tensor there
+                for name, value in copies.items():
+                    buffer = cast(Tensor, buffers[name])
+                    if not torch.equal(buffer, value):  # not by version: batch norm does not count what it writes
+                        buffer.copy_(value)

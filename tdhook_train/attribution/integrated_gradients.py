@@ -12,10 +12,11 @@ from torch import Tensor
 
 from tdhook_train.errors import KeyMissingError, SettingsError, TargetError
 from tdhook_train.hooks import HookedModel
+from tdhook_train.keys import path_of
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.quadrature import gauss_legendre
-from tdhook_train.ops.targets import explained, named, path_of
+from tdhook_train.ops.targets import explained, named
 from tdhook_train.ops.units import evenly_spaced
 
 __all__ = ["IntegratedGradients"]

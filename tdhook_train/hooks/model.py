@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +12,13 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdhook_train.errors import KeyMissingError, PathError, SettingsError, did_you_mean
-from tdhook_train.hooks.paths import TracedSite, matches, module_at, select, trace
-from tdhook_train.hooks.run import Run
+from tdhook_train.hooks.items import tensor_items
+from tdhook_train.hooks.paths import Selection, Selector, chooser, is_pattern, module_at, parse, selectors, shown, walk
+from tdhook_train.hooks.run import Run, refuse_ignored, setters_at, through
+from tdhook_train.hooks.trace import TracedSite, eager, select, trace
+from tdhook_train.hooks.unwrap import unwrapped
+from tdhook_train.keys import path_of
+from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng
 
 __all__ = ["HookedModel"]
 
@@ -21,12 +27,17 @@ class HookedModel:
     """A torch model as a function of TensorDicts, with a get-set API inside.
 
     Args:
-        model: any ``nn.Module``; a ``TensorDictModule`` brings its own keys.
-        in_keys: where the positional arguments of a plain module are read; ``["input"]`` by default.
-        out_keys: where what it returns is written; ``["output"]`` by default. A mapping (a Hugging Face output) is
-            written key by key below its out key.
+        model: any ``nn.Module``; a ``TensorDictModule`` brings its own keys. What a training puts around a model
+            (torch.compile, DistributedDataParallel, Fabric) is looked through: paths are those of the model inside.
+        in_keys: where the positional arguments of a plain module are read; ``["input"]`` by default. A mapping names
+            keyword arguments: ``{"input": "input_ids", "mask": "attention_mask"}``.
+        out_keys: where what it returns is written; ``["output"]`` by default. A mapping, a dataclass (a Hugging Face
+            output) or a tuple inside a tuple is written item by item below its out key.
         name: of the network, where there are several: patterns may then begin with it, and those that match nothing
             in this network are no error, since they may mean another.
+
+    Raises:
+        NetworkError: the model is scripted or sharded, a TorchRL loss, or no torch module.
 
     Example:
         >>> hooked = HookedModel(nn.Sequential(nn.Linear(3, 4), nn.Tanh()))
@@ -41,22 +52,22 @@ class HookedModel:
     def __init__(
         self,
         model: nn.Module,
-        in_keys: Sequence[NestedKey] | None = None,
+        in_keys: Sequence[NestedKey] | Mapping[NestedKey, str] | None = None,
         out_keys: Sequence[NestedKey] | None = None,
         *,
         name: str = "",
     ) -> None:
-        model = getattr(model, "_orig_mod", model)  # of torch.compile: paths are those of what was compiled
-        self.module: nn.Module = model
+        self.module, self._call = unwrapped(model)
         self.name = name
-        self._speaks_tensordict = isinstance(model, TensorDictModuleBase)
+        self._speaks_tensordict = isinstance(self.module, TensorDictModuleBase)
         own: tuple[Any, Any] = (["input"], ["output"])
-        if isinstance(model, TensorDictModuleBase):
-            own = (model.in_keys, model.out_keys)
+        if isinstance(self.module, TensorDictModuleBase):
+            own = (self.module.in_keys, self.module.out_keys)
+        self._keywords = dict(in_keys) if isinstance(in_keys, Mapping) else {}
         self.in_keys: list[NestedKey] = list(in_keys or own[0])
         self.out_keys: list[NestedKey] = list(out_keys or own[1])
         self._trace: tuple[TracedSite, ...] | None = None
-        self._selected: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._selected: dict[tuple[Selector, ...], tuple[str, ...]] = {}
 
     def __repr__(self) -> str:
         return f"HookedModel({type(self.module).__name__}, in_keys={self.in_keys}, out_keys={self.out_keys})"
@@ -86,31 +97,67 @@ class HookedModel:
                 f"input {missing[0]!r} of {type(self.module).__name__} is not in the batch"
                 f"{did_you_mean(str(missing[0]), known)}"
             )
-        td = inputs.copy() if batched else TensorDict(dict(inputs.copy().items()), batch_size=[])
-        for key in self.in_keys:
-            td.set(key, inputs.get(key).clone())
-        if self._speaks_tensordict:
-            return self.module(td)
-        self._write(td, self.module(*(td.get(key) for key in self.in_keys)))
+        td = inputs.copy() if batched else _unbatched(inputs.copy())
+        given = {key: _lent(inputs.get(key)) for key in self.in_keys}
+        td.update(given)
+        with _differentiable_recurrence(self.module):
+            if self._speaks_tensordict:
+                td = self._call(td)
+            else:
+                positional = [value for key, value in given.items() if key not in self._keywords]
+                td = self._write(td, self._call(*positional, **{n: given[k] for k, n in self._keywords.items()}))
+        for key, value in given.items():
+            if td.get(key) is value:
+                td.set(key, inputs.get(key))
         return td
 
-    def _write(self, td: TensorDictBase, output: Any) -> None:
-        values = (output,) if isinstance(output, Tensor | Mapping) else tuple(output)
-        for key, value in zip(self.out_keys, values, strict=False):
-            if isinstance(value, Mapping):
-                prefix = key if isinstance(key, tuple) else (key,)
-                for name, item in value.items():
-                    if isinstance(item, Tensor):
-                        td.set((*prefix, name), item)
-            elif isinstance(value, Tensor):
-                td.set(key, value)
+    def _write(self, td: TensorDictBase, output: Any) -> TensorDictBase:
+        values = tuple(output) if type(output) in (tuple, list) else (output,)
+        if len(values) < len(self.out_keys):
+            raise SettingsError(f"{self.title} gave {len(values)} output(s) for out_keys={self.out_keys}")
+        found = {
+            (*path_of(key), *map(str, place)): tensor
+            for key, value in zip(self.out_keys, values, strict=False)
+            for place, tensor in tensor_items(value)
+        }
+        if any(tensor.shape[: td.batch_dims] != td.batch_size for tensor in found.values()):
+            td = _unbatched(td)  # a loss, or states with time in front
+        return td.update(found)
+
+    @contextmanager
+    def edited(self, edits: Mapping[Selector, Any]) -> Iterator[None]:
+        """Keep settings on the model as long as the block lasts, for whoever calls it, by whatever way.
+
+        Every call of the modules is changed. A compiled model runs eagerly meanwhile.
+
+        Args:
+            edits: a tensor or a function of the output, by path, pattern, class or predicate.
+
+        Raises:
+            PathError: a selector names no module.
+            SetterError: at the end of a block in which the model ran, an edit whose module never did.
+        """
+        placed = {selector: setters_at(self, selector, value, call="all") for selector, value in edits.items()}
+        ran: list[None] = []
+        with Undo() as undo:
+            if edits:
+                undo.enter_context(eager(self.module))
+                undo.hook(self.module.register_forward_pre_hook(lambda *_: ran.append(None)))
+            for setter in (setter for setters in placed.values() for setter in setters):
+                module = module_at(self.module, setter.site.module)
+                undo.hook(module.register_forward_hook(lambda _m, _a, output, tap=setter: through([tap], output)))
+            yield
+        for selector, setters in placed.items():
+            if ran:
+                refuse_ignored(selector, setters)
 
     # ------------------------------------------------------------------ names
 
     def trace(self, inputs: TensorDictBase) -> tuple[TracedSite, ...]:
         """List the sites in the order in which they run; one pass without gradients, the first time only."""
         if self._trace is None:
-            self._trace = trace(self.module, lambda: self.forward(inputs))
+            with kept_rng(devices_of([self.module])), kept_buffers(self.module.modules()):
+                self._trace = trace(self.module, lambda: self.forward(inputs))
         return self._trace
 
     @property
@@ -120,20 +167,41 @@ class HookedModel:
             raise PathError("the order in which the modules run is not known yet: call trace(inputs) first")
         return self._trace
 
-    def sites(self, layers: str | Sequence[str]) -> tuple[str, ...]:
-        """Resolve paths and patterns to sites, in the order in which the model runs them (needs a trace).
+    def sites(self, layers: Selection) -> tuple[str, ...]:
+        """Resolve paths, patterns, module classes or predicates to sites, in the order in which the model runs them.
+
+        Needs a trace. A shared module is found under any of its names.
 
         Raises:
-            PathError: a pattern that matches nothing, naming the nearest sites.
+            PathError: one that matches nothing, naming the nearest sites.
         """
-        patterns = tuple(self._inside(layers))
-        if patterns not in self._selected:
-            self._selected[patterns] = select(self.traced, patterns, owner=self.title, strict=not self.name)
-        return self._selected[patterns]
+        wanted = tuple(self._inside(layers))
+        if wanted not in self._selected:
+            self._selected[wanted] = select(self.traced, wanted, owner=self.title, strict=not self.name)
+        return self._selected[wanted]
 
-    def has(self, pattern: str) -> bool:
-        """Whether a pattern names a module, run or not; needs no trace."""
-        return any(matches(text, name) for text in self._inside(pattern) for name in self.modules)
+    def paths(self, selector: Selector) -> tuple[str, ...]:
+        """Resolve one selector to the paths of modules, run or not, in the order of their registration.
+
+        Raises:
+            PathError: it names no module.
+        """
+        if isinstance(selector, str) and not is_pattern(selector):
+            path = parse(selector).module
+            module_at(self.module, path)
+            return (path,)
+        wanted, found = chooser(selector), dict[nn.Module, str]()
+        for path, module in walk(self.module):
+            if module not in found and wanted(path, module):
+                found[module] = path
+        if not found:
+            near = did_you_mean(selector, self.modules) if isinstance(selector, str) else ""
+            raise PathError(f"{shown(selector)} names no module of {self.title}{near}")
+        return tuple(found.values())
+
+    def has(self, selector: Selector) -> bool:
+        """Whether a selector names a module, run or not; needs no trace."""
+        return any(chooser(one)(path, module) for one in self._inside(selector) for path, module in walk(self.module))
 
     @property
     def title(self) -> str:
@@ -143,17 +211,41 @@ class HookedModel:
     @property
     def modules(self) -> list[str]:
         """The paths of all modules; the model itself is the empty path."""
-        return [name for name, _ in self.module.named_modules(remove_duplicate=False)]
+        return [path for path, _ in walk(self.module)]
 
-    def _inside(self, layers: str | Sequence[str]) -> list[str]:
-        patterns = [layers] if isinstance(layers, str) else list(layers)
-        return [text.removeprefix(f"{self.name}.") if self.name else text for text in patterns]
+    def _inside(self, layers: Selection) -> list[Selector]:
+        own = f"{self.name}." if self.name else ""
+        return [one.removeprefix(own) if isinstance(one, str) else one for one in selectors(layers)]
 
     def module_of(self, site: str) -> nn.Module:
         """Return the module behind a site."""
-        return module_at(self.module, site.partition(":")[0])
+        return module_at(self.module, parse(site).module)
+
+    def kind(self, site: str) -> str:
+        """Return the class name of the module behind a site."""
+        return type(self.module_of(site)).__name__
 
     def device(self) -> torch.device:
         """Return where the model's first parameter or buffer lies (the CPU where it has none)."""
         first = next(iter(self.module.parameters()), next(iter(self.module.buffers()), None))
         return torch.device("cpu") if first is None else first.device
+
+
+def _unbatched(td: TensorDictBase) -> TensorDictBase:
+    return TensorDict(dict(td.items()), batch_size=[])
+
+
+def _lent(value: Any) -> Any:
+    """Lend a value of the caller's to a model that may write to it: copied when it does, and only then."""
+    if not isinstance(value, Tensor):
+        return value.clone() if hasattr(value, "clone") else value
+    try:
+        return value._lazy_clone()
+    except RuntimeError:  # memory that torch did not allocate: NumPy's, shared, mapped
+        return value.clone()
+
+
+def _differentiable_recurrence(model: nn.Module) -> AbstractContextManager[Any]:
+    """Leave cuDNN out where its recurrent layers would refuse a backward pass in evaluation mode."""
+    recurrent = torch.is_grad_enabled() and any(isinstance(part, nn.RNNBase) for part in model.modules())
+    return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()

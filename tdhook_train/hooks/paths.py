@@ -1,147 +1,108 @@
-"""Text to modules: what a path or a pattern names, in the order in which the model runs it.
+"""What names a module: a path, a pattern, a class or a predicate.
 
-A *site* is one tensor that a module gives out: ``"encoder.2"``, or ``"head:1"`` for the second of a tuple. Patterns
-match dotted names segment by segment: ``*`` is one segment, ``**`` any number. A pattern that ends in ``**`` names
-leaf modules only, so that a container does not repeat its last child.
+A *site* is one tensor that a module gives out: ``"encoder.2"``, or ``"head:1"`` for the second of a tuple,
+``"lstm:1:0"`` for an item of an item. Patterns match dotted names segment by segment: ``*`` is one segment, ``**`` any
+number. A pattern that ends in ``**`` names leaf modules only, so that a container does not repeat its last child.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
-from tensordict import is_tensor_collection
-from torch import Tensor, nn
+from torch import nn
 
-from tdhook_train.errors import PathError, did_you_mean
-from tdhook_train.undo import Undo
+from tdhook_train.errors import PathError, SettingsError, did_you_mean
 
 __all__ = [
+    "Selection",
+    "Selector",
     "Site",
-    "TracedSite",
-    "eager",
-    "floating_items",
+    "chooser",
+    "is_leaf",
     "is_pattern",
-    "matches",
     "module_at",
     "parse",
-    "pick",
-    "select",
-    "trace",
+    "selectors",
+    "shown",
+    "walk",
 ]
+
+Selector = str | type[nn.Module] | Callable[[nn.Module], bool] | Callable[[str, nn.Module], bool]
+Selection = Selector | Sequence[Selector]
+
+_COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
 
 
 @dataclass(frozen=True)
 class Site:
-    """One tensor a module gives out: the module's path, and the item where it gives out several."""
+    """One tensor a module gives out: the module's path, and the way to the item where it gives out several."""
 
     module: str
-    item: int | str | None = None
+    items: tuple[int | str, ...] = ()
 
     def __str__(self) -> str:
         """Write the site as text that :func:`parse` reads back."""
-        return self.module if self.item is None else f"{self.module}:{self.item}"
-
-
-@dataclass(frozen=True)
-class TracedSite:
-    """A site that ran, with what its module is: one row of a model's trace."""
-
-    site: Site
-    kind: str  # class name of the module
-    leaf: bool
-    previous: str | None  # path of the module whose output object was this module's input, if any
-
-
-def parse(text: str) -> Site:
-    """Read ``"path"``, ``"path:1"`` or ``"path:name"``."""
-    module, colon, item = text.partition(":")
-    if not colon:
-        return Site(module)
-    return Site(module, int(item) if item.lstrip("-").isdigit() else item)
-
-
-def is_pattern(text: str) -> bool:
-    """Whether the text names many modules rather than one."""
-    return "*" in text
-
-
-def module_at(model: nn.Module, path: str) -> nn.Module:
-    """Return the module at ``path``, or raise :class:`PathError` naming the nearest ones."""
-    module: nn.Module | None = model
-    for name in path.split(".") if path else ():  # not get_submodule: TensorDictModules lend the names inside them
-        module = None if module is None else module._modules.get(name)
-    if module is None:
-        known = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        raise PathError(f"path {path!r} names no module of {type(model).__name__}{did_you_mean(path, known)}")
-    return module
-
-
-def floating_items(value: Any) -> Iterator[tuple[int | str | None, Tensor]]:
-    """Yield the floating-point tensors of a module's output with their place in it (None for a bare tensor)."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield None, value
-    elif isinstance(value, (tuple, list)):
-        yield from ((i, v) for i, v in enumerate(value) if isinstance(v, Tensor) and v.is_floating_point())
-    elif isinstance(value, Mapping):
-        yield from ((str(k), v) for k, v in value.items() if isinstance(v, Tensor) and v.is_floating_point())
-
-
-def pick(value: Any, site: Site) -> Tensor:
-    """Return the tensor that ``site`` names in its module's output."""
-    if site.item is None and isinstance(value, Tensor):
-        return value
-    try:  # an index into a lone tensor would be a row of the batch
-        found = None if site.item is None or isinstance(value, Tensor) else value[site.item]
-    except (KeyError, IndexError, TypeError):
-        found = None
-    if isinstance(found, Tensor):
-        return found
-    known = [str(Site(site.module, item)) for item, _ in floating_items(value)]
-    raise PathError(
-        f"{str(site)!r} names no tensor: module {site.module!r} has a {type(value).__name__} there"
-        f"{did_you_mean(str(site), known)}"
-    )
-
-
-def eager(model: nn.Module) -> AbstractContextManager[Any]:
-    """Run without compiled code, in which hooks never fire; what was compiled stays, and is not compiled again."""
-    compiled = any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-def trace(model: nn.Module, call: Callable[[], Any]) -> tuple[TracedSite, ...]:
-    """Run ``call`` once and list every site of ``model`` in the order in which the modules finished."""
-    rows: dict[str, TracedSite] = {}
-    gave: dict[int, str] = {}  # id of a live output -> path; `kept` keeps the ids from being reused
-    kept: list[Tensor] = []
-
-    def hook(path: str, leaf: bool, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if is_tensor_collection(output):
-            return  # a wrapper's whole batch: what it adds is the output of a module inside
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        for item, tensor in floating_items(output):
-            site = Site(path, item)
-            previous = gave.get(id(first)) if first is not None else None
-            rows.setdefault(str(site), TracedSite(site, type(module).__name__, leaf, previous))
-            if leaf:
-                gave[id(tensor)] = str(site)
-                kept.append(tensor)
-
-    with Undo() as undo, torch.no_grad(), eager(model):
-        for path, module in model.named_modules():
-            leaf = next(module.children(), None) is None
-            undo.hook(module.register_forward_hook(lambda m, a, o, p=path, f=leaf: hook(p, f, m, a, o)))
-        call()
-    return tuple(rows.values())
+        return ":".join([self.module, *map(str, self.items)])
 
 
 @lru_cache(maxsize=4096)
+def parse(text: str) -> Site:
+    """Read ``"path"``, ``"path:1"``, ``"path:name"`` or ``"path:1:0"``; the prefixes of torch.compile fall away."""
+    path, *items = text.split(":")
+    if _COMPILED in path:
+        path = ".".join(name for name in path.split(".") if name != _COMPILED)
+    return Site(path, tuple(int(item) if item.lstrip("-").isdigit() else item for item in items))
+
+
+def selectors(selection: Selection) -> tuple[Selector, ...]:
+    """Bring one selector or a sequence of them to one form."""
+    return tuple(selection) if isinstance(selection, Sequence) and not isinstance(selection, str) else (selection,)
+
+
+def is_pattern(selector: Selector) -> bool:
+    """Whether the selector may name many modules rather than one."""
+    return not isinstance(selector, str) or "*" in selector
+
+
+def shown(selector: Selector) -> str:
+    """Write a selector for an error message."""
+    return repr(selector) if isinstance(selector, str) else getattr(selector, "__qualname__", repr(selector))
+
+
+def chooser(selector: Selector) -> Callable[[str, nn.Module], bool]:
+    """Return whether a path and its module are meant by a selector; items after a colon are left aside.
+
+    Args:
+        selector: a path, a pattern, a module class, or a predicate of the module or of its path and the module.
+
+    Raises:
+        SettingsError: it is none of these.
+    """
+    if isinstance(selector, str):
+        wanted = _segments(parse(selector).module)
+        leaves_only = wanted[-1:] == ("**",)
+        return lambda path, module: _matches(wanted, _segments(path)) and (not leaves_only or is_leaf(module))
+    if isinstance(selector, type):
+        return lambda _path, module: isinstance(module, selector)
+    if not callable(selector):
+        raise SettingsError(
+            f"layers are named by a path, a pattern, a module class or a predicate, got {type(selector).__name__}"
+        )
+    predicate: Callable[..., bool] = selector
+    takes_path = len(inspect.signature(predicate).parameters) > 1
+    return predicate if takes_path else lambda _path, module: predicate(module)
+
+
+@lru_cache(maxsize=4096)
+def _segments(path: str) -> tuple[str, ...]:
+    return tuple(path.split(".")) if path else ()  # the empty path is the model itself
+
+
+@lru_cache(maxsize=65536)
 def _matches(pattern: tuple[str, ...], name: tuple[str, ...]) -> bool:
     if not pattern:
         return not name
@@ -150,40 +111,40 @@ def _matches(pattern: tuple[str, ...], name: tuple[str, ...]) -> bool:
     return bool(name) and pattern[0] in ("*", name[0]) and _matches(pattern[1:], name[1:])
 
 
-def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern names a module path; an item after a colon is left aside."""
-    return _matches(_segments(parse(pattern).module), _segments(path))
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module holds no other."""
+    return next(module.children(), None) is None
 
 
-def _segments(path: str) -> tuple[str, ...]:
-    return tuple(path.split(".")) if path else ()  # the empty path is the model itself
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module with its path, shared ones under each of their names.
 
-
-def select(rows: Sequence[TracedSite], layers: Sequence[str], *, owner: str, strict: bool = True) -> tuple[str, ...]:
-    """Return the sites that the patterns name, each once, in the order in which the model runs them.
-
-    Args:
-        rows: the model's trace.
-        layers: paths or patterns.
-        owner: what to call the model in an error.
-        strict: refuse a pattern that matches nothing.
-
-    Raises:
-        PathError: one of the patterns matches nothing that ran; names the nearest sites.
+    The wrappers of torch.compile are left out, and so is what is scripted, which takes no hooks.
     """
-    chosen: set[str] = set()
-    for text in layers:
-        wanted = parse(text)
-        segments = _segments(wanted.module)
-        found = {
-            str(row.site)
-            for row in rows
-            if _matches(segments, _segments(row.site.module))
-            and wanted.item in (None, row.site.item)
-            and (row.leaf or segments[-1:] != ("**",))
-        }
-        if not found and strict:
-            known = [str(row.site) for row in rows]
-            raise PathError(f"{text!r} matches no module of {owner} that gives out numbers{did_you_mean(text, known)}")
-        chosen |= found
-    return tuple(str(row.site) for row in rows if str(row.site) in chosen)
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        module = _behind(module)
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield path, module
+            parts = [(f"{path}.{name}" if path else name, part) for name, part in module._modules.items()]
+            waiting += [(name, part) for name, part in reversed(parts) if part is not None]
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """Return the module at ``path``, or raise :class:`PathError` naming the nearest ones."""
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():  # not get_submodule: TensorDictModules lend the names inside them
+        module = None if module is None else _behind(module)._modules.get(name)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PathError(f"path {path!r} leads to a scripted module (TorchScript), which takes no hooks")
+    if module is None:
+        known = [name for name, _ in walk(model)]
+        raise PathError(f"path {path!r} names no module of {type(model).__name__}{did_you_mean(path, known)}")
+    return _behind(module)
+
+
+def _behind(module: nn.Module) -> nn.Module:
+    """Look through the wrapper that torch.compile puts around a module."""
+    inner = module._modules.get(_COMPILED)
+    return module if inner is None else inner

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
+from tdhook_train.hooks.items import pick
 from tdhook_train.hooks.model import HookedModel
-from tdhook_train.hooks.paths import module_at, parse, pick
+from tdhook_train.hooks.paths import module_at, parse
 from tdhook_train.undo import Undo
 
 __all__ = ["sole_readers"]

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
-from tdhook_train.errors import PathError, ResolveError, SetterError, TargetError
-from tdhook_train.hooks.paths import Site, eager, is_pattern, module_at, parse, pick
-from tdhook_train.hooks.tap import Call, Proxy, Setter, apply_setter, captured, put
-from tdhook_train.undo import Undo
+from tdhook_train.errors import PathError, ResolveError, SetterError
+from tdhook_train.hooks.arguments import Arguments
+from tdhook_train.hooks.gradients import GradientProxy, GradientSetter, Objective, differentiate, proxies_of
+from tdhook_train.hooks.paths import Selector, Site, is_pattern, module_at, parse, shown
+from tdhook_train.hooks.several import Proxies
+from tdhook_train.hooks.tap import Call, Keep, Proxy, Setter, Stop, Stopped, Tap, Where
+from tdhook_train.hooks.trace import eager
+from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng
 
 if TYPE_CHECKING:
     from tdhook_train.hooks.model import HookedModel
 
-__all__ = ["Run"]
+__all__ = ["Run", "refuse_ignored", "setters_at", "through"]
 
-
-class _Stopped(BaseException):  # a model that catches every Exception must not catch this one
-    """Raised inside the model by :meth:`Run.stop`, caught by the run."""
+Reduce = Callable[[Tensor], Tensor]
 
 
 class Run:
@@ -31,36 +34,85 @@ class Run:
 
     Reads and settings of one site happen in the order in which they are written: a ``get`` after a ``set`` sees the
     new value. Captured values are copies taken at that moment, outside any graph. Nothing is left on the model,
-    whichever way the block is left. Costs one forward pass, and one backward pass where a gradient is asked for.
+    whichever way the block is left: hooks, buffers and random states are as before. Costs one forward pass, and one
+    backward pass for each target where a gradient is asked for.
+
+    What is read may be a path, or a pattern, a module class or a predicate: then the proxy resolves to a dictionary of
+    values by site, in the order in which the model runs them.
+
+    Every ``get`` takes:
+
+    * ``call``: which of the module's calls, or ``"all"``: then the value is a list.
+    * ``to``: a device or dtype for what is kept.
+    * ``reduce``: a function of the value; only what it returns is kept.
+    * ``detach``: False keeps the graph, so that the value can be differentiated, or differentiated with respect to.
     """
 
     def __init__(self, model: HookedModel, inputs: TensorDictBase) -> None:
-        self._model = model
-        self._inputs = inputs
-        self._taps: dict[tuple[str, str], list[Proxy | Setter | None]] = {}  # (module path, what) -> taps; None stops
-        self._objective: Callable[[TensorDictBase], Tensor] | None = None
+        self._model: HookedModel | None = model
+        self._inputs: TensorDictBase | None = inputs
+        self._taps: dict[tuple[str, str], list[Tap]] = {}  # (module path, "output" or "input") -> taps
+        self._proxies: list[Proxy | Proxies] = []
+        self._set: list[tuple[Selector, list[Setter]]] = []
+        self._objective: Objective = None
+        self._keeps_graph = False
         self._output: TensorDictBase | None = None
-        self._copies: int | None = None
 
     # ------------------------------------------------------------------ what to do
 
-    def get(self, path: str, *, call: Call = 0) -> Proxy:
+    def get(
+        self,
+        path: Selector,
+        *,
+        call: Call = 0,
+        to: Where | None = None,
+        reduce: Reduce | None = None,
+        detach: bool = True,
+    ) -> Proxy:
         """Read what the module at ``path`` gives out, at one of its calls or at ``"all"``."""
-        return self._read(path, "output", call)
+        return self._read(path, Proxy, "output", "output", (call, Keep(to, reduce, detach)))
 
-    def get_input(self, path: str, *, call: Call = 0) -> Proxy:
-        """Read the first argument of the module at ``path`` (``path:1`` the second)."""
-        return self._read(path, "input", call)
+    def get_input(
+        self,
+        path: Selector,
+        *,
+        call: Call = 0,
+        to: Where | None = None,
+        reduce: Reduce | None = None,
+        detach: bool = True,
+    ) -> Proxy:
+        """Read the first argument of the module at ``path`` (``path:1`` the second, ``path:name`` one by name)."""
+        return self._read(path, Proxy, "input", "input", (call, Keep(to, reduce, detach)))
 
-    def get_grad(self, path: str, *, call: Call = 0) -> Proxy:
+    def get_grad(
+        self,
+        path: Selector,
+        *,
+        call: Call = 0,
+        to: Where | None = None,
+        reduce: Reduce | None = None,
+        detach: bool = True,
+    ) -> Proxy:
         """Read the gradient of what :meth:`backward` differentiates with respect to the module's output."""
-        return self._read(path, "gradient", call)
+        return self._read(path, GradientProxy, "gradient", "output", (call, Keep(to, reduce, detach)))
 
-    def set(self, path: str, value: Any, *, call: Call = 0, copies: int | None = None) -> None:
+    def get_input_grad(
+        self,
+        path: Selector,
+        *,
+        call: Call = 0,
+        to: Where | None = None,
+        reduce: Reduce | None = None,
+        detach: bool = True,
+    ) -> Proxy:
+        """Read the gradient with respect to the module's first argument; the path ``""`` is the model itself."""
+        return self._read(path, GradientProxy, "gradient", "input", (call, Keep(to, reduce, detach)))
+
+    def set(self, path: Selector, value: Any, *, call: Call = 0, copies: int | None = None) -> None:
         """Replace what the module at ``path`` gives out.
 
         Args:
-            path: the site.
+            path: the site; with a pattern, class or predicate, every module that it names.
             value: a tensor, a proxy of this pass or of an earlier run, or a function of the output.
             call: which of the module's calls, or ``"all"``.
             copies: the value carries this many copies of the batch in a new leading dimension, and the rest of the
@@ -69,23 +121,36 @@ class Run:
         Raises:
             PathError: the path names no module.
         """
-        self._copies = copies if copies is not None else self._copies
-        self._add(Setter(self._site(path), value, "output", call, copies), "output")
+        self._write(path, Setter, ("output", "output"), value, call, copies=copies)
 
-    def set_input(self, path: str, value: Any, *, call: Call = 0) -> None:
-        """Replace the first argument of the module at ``path`` (``path:1`` the second)."""
-        self._add(Setter(self._site(path), value, "input", call), "input")
+    def set_input(self, path: Selector, value: Any, *, call: Call = 0) -> None:
+        """Replace the first argument of the module at ``path`` (``path:1`` the second, ``path:name`` one by name)."""
+        self._write(path, Setter, ("input", "input"), value, call)
 
-    def set_grad(self, path: str, value: Callable[[Tensor], Tensor], *, call: Call = 0) -> None:
+    def set_grad(self, path: Selector, value: Any, *, call: Call = 0) -> None:
         """Replace the gradient on its way back through the module's output."""
-        self._add(Setter(self._site(path), value, "gradient", call), "output")
+        self._write(path, GradientSetter, ("gradient", "output"), value, call)
 
-    def stop(self, path: str) -> None:
+    def set_input_grad(self, path: Selector, value: Any, *, call: Call = 0) -> None:
+        """Replace the gradient on its way back through the module's first argument."""
+        self._write(path, GradientSetter, ("gradient", "input"), value, call)
+
+    def stop(self, path: str, *, call: int = 0) -> None:
         """Run nothing after the module at ``path``."""
-        self._taps.setdefault((self._site(path).module, "output"), []).append(None)
+        if is_pattern(path):
+            raise PathError(f"{shown(path)} names many modules; a pass stops at one")
+        site = parse(path)
+        module_at(self._open.module, site.module)
+        self._taps.setdefault((site.module, "output"), []).append(Stop(site, call=call))
 
-    def backward(self, objective: Callable[[TensorDictBase], Tensor]) -> None:
-        """Differentiate a scalar function of the outputs; parameters' ``.grad`` is not touched."""
+    def backward(self, objective: Objective) -> None:
+        """Differentiate; parameters' ``.grad`` is not touched.
+
+        Args:
+            objective: a function of the outputs that gives one number; an output key or ``("output", 3)``, summed over
+                the rest; or a proxy of this pass that holds one number. A list or a mapping of these: each gradient
+                gains a leading dimension of targets, in that order, all from one forward pass.
+        """
         self._objective = objective
 
     @property
@@ -95,6 +160,36 @@ class Run:
             raise ResolveError("the pass has not run, or was stopped before the outputs: there is no output")
         return self._output
 
+    # ------------------------------------------------------------------ noting it
+
+    @property
+    def _open(self) -> HookedModel:
+        if self._model is None:
+            raise ResolveError("this pass is over; describe another: with hooked.run(td) as run")
+        return self._model
+
+    def _read(self, path: Selector, kind: type[Proxy], what: str, place: str, how: tuple[Call, Keep]) -> Any:
+        call, keep = how
+        self._keeps_graph |= not keep.detach and kind is Proxy
+
+        def make(site: Site) -> Proxy:
+            return kind(site, what, call, keep=keep)
+
+        proxy = Proxies(path, make) if is_pattern(path) else make(parse(str(path)))
+        for name in self._open.paths(path):
+            tap = proxy if isinstance(proxy, Proxy) else proxy.at(name)
+            self._taps.setdefault((name, place), []).append(tap)
+        self._proxies.append(proxy)
+        return proxy
+
+    def _write(
+        self, path: Selector, kind: type[Setter], what: tuple[str, str], value: Any, call: Call, **more: Any
+    ) -> None:
+        setters = setters_at(self._open, path, value, kind=kind, what=what[0], call=call, **more)
+        for setter in setters:
+            self._taps.setdefault((setter.site.module, what[1]), []).append(setter)
+        self._set.append((path, setters))
+
     # ------------------------------------------------------------------ doing it
 
     def __enter__(self) -> Run:
@@ -103,123 +198,102 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._execute()
-
-    def _site(self, path: str) -> Site:
-        if is_pattern(path):
-            raise PathError(f"{path!r} names many modules; a run reads and sets one at a time: see HookedModel.sites")
-        site = parse(path)
-        module_at(self._model.module, site.module)
-        return site
-
-    def _read(self, path: str, what: str, call: Call) -> Proxy:
-        proxy = Proxy(self._site(path), what, call)
-        self._add(proxy, "input" if what == "input" else "output")
-        return proxy
-
-    def _add(self, tap: Proxy | Setter, place: str) -> None:
-        self._taps.setdefault((tap.site.module, place), []).append(tap)
-
-    def _all(self, kind: type) -> list[Any]:
-        return [tap for taps in self._taps.values() for tap in taps if isinstance(tap, kind)]
-
-    def _execute(self) -> None:
-        proxies: list[Proxy] = self._all(Proxy)
-        wants_grad = self._objective is not None
-        inference = torch.is_inference_mode_enabled() and not wants_grad
         try:
-            with Undo() as undo, torch.inference_mode(inference), torch.set_grad_enabled(wants_grad):
-                undo.enter_context(eager(self._model.module))
-                for (path, place), taps in self._taps.items():
-                    self._place(undo, path, place, taps)
-                try:
-                    output = self._model.forward(self._inputs, batched=self._copies is None)
-                except _Stopped:
-                    output = None
-                if wants_grad:
-                    self._differentiate(output, [p for p in proxies if p.what == "gradient"])
-            self._output = None if output is None else output.detach()
+            if kind is None:
+                self._execute(self._open)
+                for selector, setters in self._set:
+                    refuse_ignored(selector, setters)
         finally:
-            for proxy in proxies:
-                proxy.state = "done"
-                proxy.live.clear()
-        self._refuse_ignored()
+            for tap in (*self._proxies, *(tap for _, setters in self._set for tap in setters)):
+                tap.finish()
+            self._model = self._inputs = self._objective = None  # a finished run keeps nothing alive
+            self._taps, self._proxies, self._set = {}, [], []
 
-    def _place(self, undo: Undo, path: str, place: str, taps: list[Proxy | Setter | None]) -> None:
-        module = module_at(self._model.module, path)
-        if place == "input":
-            undo.hook(module.register_forward_pre_hook(lambda _module, a, k: _into(taps, a, k), with_kwargs=True))
-        else:
-            taps = sorted(taps, key=lambda tap: tap is None)  # what is read where the pass stops is read before it does
-            undo.hook(module.register_forward_hook(lambda _module, _args, output: _through(taps, output)))
+    def _execute(self, model: HookedModel) -> None:
+        differentiates = self._objective is not None
+        graph = differentiates or self._keeps_graph
+        if graph:
+            self._mark_what_feeds()
+        with _untouched(model, graph=graph) as undo:
+            for (path, place), taps in self._taps.items():
+                _place(undo, model, path, place, taps)
+            batched = not any(setter.copies for _, setters in self._set for setter in setters)
+            try:
+                output = model.forward(self._inputs, batched=batched)
+            except Stopped:
+                output = None
+            if differentiates:
+                differentiate(self._objective, output, [p for p in self._singly() if isinstance(p, GradientProxy)])
+        self._output = None if output is None else _outside(output)
 
-    def _differentiate(self, output: TensorDictBase | None, wanted: list[Proxy]) -> None:
-        if output is None or self._objective is None:
-            raise TargetError("backward() needs the outputs, but the pass was stopped before them")
-        total = self._objective(output)
-        if total.numel() != 1:
-            raise TargetError(f"backward() differentiates one number, got shape {tuple(total.shape)}; sum it")
-        places = [(proxy, tensor) for proxy in wanted for tensor in proxy.live]
-        if not places:
-            return
-        grads: tuple[Tensor | None, ...] = (None,) * len(places)
-        if total.requires_grad:
-            grads = torch.autograd.grad(total, [tensor for _, tensor in places], allow_unused=True)
-        for (proxy, tensor), grad in zip(places, grads, strict=True):
-            proxy.found.append(torch.zeros_like(tensor) if grad is None else grad.detach())
+    def _singly(self) -> Iterator[Proxy]:
+        for proxy in self._proxies:
+            yield from (proxy,) if isinstance(proxy, Proxy) else proxy.found.values()
 
-    def _refuse_ignored(self) -> None:
-        for setter in self._all(Setter):
-            if not setter.applied:
-                raise SetterError(
-                    f"the {setter.what} set at {str(setter.site)!r} was never used: {setter.why_ignored()}"
-                )
+    def _mark_what_feeds(self) -> None:
+        values = [setter.value for _, setters in self._set for setter in setters]
+        for proxy in (*proxies_of(self._objective), *values):
+            if isinstance(proxy, Proxy) and not proxy.done:
+                proxy.feeds = True
 
 
-def _into(taps: list[Proxy | Setter | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Pass a module's arguments, by place or by name, through the taps."""
-    changed = _through(taps, {**dict(enumerate(args)), **kwargs})
-    return changed and (tuple(changed[i] for i in range(len(args))), {name: changed[name] for name in kwargs})
+@contextmanager
+def _untouched(model: HookedModel, *, graph: bool) -> Iterator[Undo]:
+    """Run eagerly, with or without a graph, and find hooks, buffers and random states as before."""
+    inference = torch.is_inference_mode_enabled() and not graph
+    with Undo() as undo, torch.inference_mode(inference), torch.set_grad_enabled(graph):
+        undo.enter_context(kept_rng(devices_of([model.module])))
+        undo.enter_context(kept_buffers(model.module.modules()))
+        undo.enter_context(eager(model.module))
+        yield undo
 
 
-def _through(taps: list[Proxy | Setter | None], value: Any) -> Any:
-    """Pass a module's value through its taps in order; return the new value, or None where nothing was set."""
-    changed = False
-    for tap in taps:
-        if tap is None:
-            raise _Stopped
-        if not tap.takes():
-            continue
-        site = tap.site
-        if tap.what == "input" and site.item is None:
-            site = Site(site.module, next(iter(value), 0))
-        tensor = pick(value, site)
-        if isinstance(tap, Proxy) and tap.what != "gradient":
-            _capture(tap, tensor)
-        elif isinstance(tap, Setter) and tap.what != "gradient":
-            value, changed = put(value, site, apply_setter(tap, tensor)), True
-        elif torch.is_grad_enabled():
-            value, changed = put(value, site, _watch_gradient(tap, tensor)), True
-    return value if changed else None
+def _outside(output: TensorDictBase) -> TensorDictBase:
+    """Take the outputs out of the graph, and out of inference mode, where nothing could be done with them later."""
+    if not torch.is_inference_mode_enabled():
+        return output.detach()
+    with torch.inference_mode(False):
+        return output.apply(lambda value: value.clone() if value.is_inference() else value)
 
 
-def _capture(proxy: Proxy, tensor: Tensor) -> None:
-    proxy.found.append(captured(tensor))
-    if torch.is_grad_enabled():
-        proxy.live.append(tensor.clone())  # what comes after may work in place
-
-
-def _watch_gradient(tap: Proxy | Setter, tensor: Tensor) -> Tensor:
-    """Read or bend the gradient of ``tensor``; return what goes on in its place.
-
-    A copy goes on: a module that works in place would otherwise put its own output where the tensor was, and a frozen
-    tensor may be the user's, who did not ask for a graph to begin there.
-    """
-    live = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-    onward = live.clone()
-    if isinstance(tap, Proxy):
-        tap.live.append(live)
+def _place(undo: Undo, model: HookedModel, path: str, place: str, taps: list[Tap]) -> None:
+    module = module_at(model.module, path)
+    if place == "input":
+        undo.hook(module.register_forward_pre_hook(partial(_into, taps), with_kwargs=True))
     else:
-        onward.register_hook(partial(apply_setter, tap))
-    return onward
+        last = sorted(taps, key=lambda tap: isinstance(tap, Stop))  # what is read where the pass stops is read before
+        undo.hook(module.register_forward_hook(lambda _module, _args, output: through(last, output)))
+
+
+def _into(taps: list[Tap], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given: Arguments | None = through(taps, Arguments(module, args, kwargs))
+    return given and (given.args, given.kwargs)
+
+
+def setters_at(
+    model: HookedModel, selector: Selector, value: Any, *, kind: type[Setter] = Setter, **how: Any
+) -> list[Setter]:
+    """Return a setter for each module that a selector names."""
+    items = parse(selector).items if isinstance(selector, str) else ()
+    return [kind(Site(path, items), value=value, **how) for path in model.paths(selector)]
+
+
+def through(taps: list[Tap], value: Any) -> Any:
+    """Pass a module's value through its taps in order; return the new value, or None where nothing was set."""
+    onward = value
+    for tap in taps:
+        onward = tap.meets(onward)
+    return None if onward is value else onward
+
+
+def refuse_ignored(selector: Selector, setters: list[Setter]) -> None:
+    """Raise where a setting was never used.
+
+    Raises:
+        SetterError: says why; of the modules that a pattern names, one at least must have run.
+    """
+    if any(setter.applied for setter in setters):
+        return
+    first = setters[0]
+    why = first.why_ignored() if len(setters) == 1 else f"none of the {len(setters)} modules it names did"
+    raise SetterError(f"the {first.what} set at {shown(selector)} was never used: {why}")

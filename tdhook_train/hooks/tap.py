@@ -1,34 +1,94 @@
-"""What is read or set at a site, and the proxy that stands for a value until the pass has run."""
+"""What is read, set or stopped at a site, and the proxy that stands for a value until the pass has run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from tensordict import is_tensor_collection
 from torch import Tensor
 
 from tdhook_train.errors import ResolveError, SetterError
-from tdhook_train.hooks.paths import Site, pick
+from tdhook_train.hooks.items import pick, put
+from tdhook_train.hooks.members import Members
+from tdhook_train.hooks.paths import Site
 
-__all__ = ["Call", "Proxy", "Setter", "Value", "apply_setter", "put"]
+__all__ = ["Call", "Keep", "Proxy", "Setter", "Stop", "Stopped", "Tap", "Value", "Where"]
 
 Call = int | Literal["all"]
+Where = torch.device | torch.dtype | str
 Value = "Tensor | Proxy | Callable[[Tensor], Tensor]"
 
 
+class Tap(Protocol):
+    """Something that meets what a module gives out (or takes in) on its way."""
+
+    def meets(self, value: Any) -> Any:
+        """Return what goes on: the very same object where nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What of a value is kept: a copy of it as it is at this moment, or of what ``reduce`` makes of it."""
+
+    to: Where | None = None
+    reduce: Callable[[Tensor], Tensor] | None = None
+    detach: bool = True
+
+    def of(self, value: Tensor, where: str) -> Tensor:
+        """Copy a value, at most once; ``where`` begins an error message.
+
+        Raises:
+            SetterError: the reduction changed the value in place, or gave no tensor.
+        """
+        if value.is_inference():  # what is kept is used later, also where gradients are wanted
+            with torch.inference_mode(False):
+                return self._copy(value.clone(), where)
+        return self._copy(value.detach() if self.detach else value, where)
+
+    def _copy(self, value: Tensor, where: str) -> Tensor:
+        if self.reduce is None:
+            return value.clone() if self.to is None else value.to(self.to, copy=True)
+        version = value._version
+        kept = self.reduce(value)
+        if not isinstance(kept, Tensor):
+            raise SetterError(f"reducing {where}: expected a tensor from reduce, got {type(kept).__name__}")
+        if value._version != version:
+            raise SetterError(f"reducing {where}: the function changed the value in place; work on a copy")
+        kept = kept if self.to is None else kept.to(self.to)
+        return kept.clone() if kept.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() else kept
+
+
 @dataclass
-class Proxy:
-    """A value of a pass: resolved after the pass has run, an error before."""
+class _Counted:
+    """A tap at one of its module's calls, or at all of them."""
 
     site: Site
-    what: str  # "output", "input" or "gradient"
+    what: str = "output"  # "output", "input" or "gradient"
     call: Call = 0
-    state: str = "pending"  # "pending" until the pass ends, then "done"
     calls: int = 0
+
+    def takes(self) -> bool:
+        """Count one call of the module and say whether this is the call that was asked for."""
+        self.calls += 1
+        return self.call in ("all", self.calls - 1)
+
+    @property
+    def where(self) -> str:
+        """Say what is tapped, for error messages."""
+        return f"the {self.what} of {str(self.site)!r}"
+
+
+@dataclass
+class Proxy(_Counted):
+    """A value of a pass: resolved after the pass has run, an error before."""
+
+    keep: Keep = field(default_factory=Keep)
+    feeds: bool = False  # whether something later in the pass takes the value, graph and all
+    done: bool = False
     found: list[Tensor] = field(default_factory=list)
-    live: list[Tensor] = field(default_factory=list)  # graph tensors, dropped when the pass ends
+    live: list[Tensor] = field(default_factory=list)  # values with their graph, dropped when the pass ends
 
     def resolve(self) -> Any:
         """Return the value; with ``call="all"`` the list of values, one a call.
@@ -38,103 +98,128 @@ class Proxy:
         """
         if self.found and self.call != "all":
             return self.found[0]
-        if self.state == "pending":
+        if not self.done:
             raise ResolveError(
-                f"{self.what} of {str(self.site)!r} does not exist yet: the pass runs when its `with` block ends; "
-                "call resolve() after the block"
+                f"{self.where} does not exist yet: the pass runs when its `with` block ends; call resolve() after it"
             )
         if self.call == "all" and self.found:
             return list(self.found)
-        if self.what == "gradient" and self.calls:
-            raise ResolveError(f"gradient of {str(self.site)!r} was never asked for: call run.backward(...)")
-        ran = f"ran {self.calls} time(s)" if self.calls else "never ran in this pass"
-        raise ResolveError(f"{self.what} of {str(self.site)!r}, call {self.call}: its module {ran}")
+        raise ResolveError(f"{self.where}{self._why_absent()}")
 
-    def takes(self) -> bool:
-        """Count one call of the module and say whether this is the call that was asked for."""
-        self.calls += 1
-        return self.call in ("all", self.calls - 1)
+    def _why_absent(self) -> str:
+        ran = f"ran {self.calls} time(s)" if self.calls else "never ran in this pass"
+        return f", call {self.call}: its module {ran}"
+
+    def meets(self, value: Any) -> Any:
+        """Keep the value; where its graph is kept too, what goes on is a copy that nothing later can write to."""
+        if not self.takes():
+            return value
+        tensor = pick(value, self.site)
+        members = Members.of(tensor)
+        seen = members.seen(members.raw)
+        if self.feeds:
+            self.live.append(Keep(self.keep.to, self.keep.reduce, detach=False).of(seen, self.where))
+        if self.keep.detach or not tensor.is_floating_point():
+            self.found.append(self.keep.of(seen, self.where))
+            return value
+        root = seen.clone() if seen.requires_grad else seen.detach().clone().requires_grad_()
+        self.found.append(root if self.keep == Keep(detach=False) else self.keep.of(root, self.where))
+        return put(value, self.site.items, members.hidden(root.clone()))
+
+    def finish(self) -> None:
+        """Let go of what only the pass needed."""
+        self.done = True
+        self.live.clear()
 
 
 @dataclass
-class Setter:
+class Setter(_Counted):
     """A pending change of one site's value."""
 
-    site: Site
-    value: Any
-    what: str = "output"
-    call: Call = 0
+    value: Any = None
     copies: int | None = None
-    calls: int = 0
     applied: int = 0
 
-    def takes(self) -> bool:
-        """Count one call of the module and say whether this is the call that was asked for."""
-        self.calls += 1
-        return self.call in ("all", self.calls - 1)
+    def meets(self, value: Any) -> Any:
+        """Put the new value in the old one's place."""
+        return put(value, self.site.items, self.changed(pick(value, self.site))) if self.takes() else value
+
+    def changed(self, before: Tensor) -> Tensor:
+        """Return the new value for ``before``, refusing whatever would be ignored or would not fit.
+
+        Raises:
+            SetterError: the function returned None (saying whether it changed the value in place), or the new value
+                has another shape, dtype or device.
+        """
+        value = self._given(before)
+        if not isinstance(value, Tensor):
+            raise SetterError(f"setting {self.where}: expected a tensor, got {type(value).__name__}")
+        if value is not before:  # a copy: what comes after may work in place, and the value may be somebody's
+            value = self._fitted(value, before).clone()
+        self.applied += 1
+        return value
+
+    def _given(self, before: Tensor) -> Any:
+        if isinstance(self.value, Proxy):
+            return self._of_proxy(self.value)
+        if not callable(self.value):
+            return self.value
+        version = _version(before)
+        value = self.value(before)
+        if value is None:
+            how = "changed it in place and returned None" if _version(before) != version else "returned None"
+            raise SetterError(f"setting {self.where}: the function {how}; return the new value")
+        return value
+
+    def _of_proxy(self, proxy: Proxy) -> Tensor:
+        values = proxy.live or proxy.found
+        if not values and not proxy.done:
+            raise SetterError(f"setting {self.where}: {proxy.where} does not exist yet, it comes later")
+        if not proxy.done:
+            return values[-1]
+        if proxy.call == "all" and self.applied < len(values):
+            return values[self.applied]  # call by call
+        return proxy.resolve()
+
+    def _fitted(self, value: Tensor, before: Tensor) -> Tensor:
+        members = Members.of(before)
+        whole = members.seen(members.raw) if members and not Members.of(value) else before
+        if value.shape == whole.shape != before.shape:  # all members at once
+            value = members.hidden(value)
+        wanted = before.shape if self.copies is None else (self.copies, *before.shape)
+        for name, given, needed in (
+            ("shape", tuple(value.shape), tuple(wanted)),
+            ("dtype", value.dtype, before.dtype),
+            ("device", value.device, before.device),
+        ):
+            if given != needed:
+                raise SetterError(f"setting {self.where}: {name} {given} was given where the module has {needed}")
+        return value
 
     def why_ignored(self) -> str:
         """Say why the value was never used."""
-        if not self.calls:
-            return "its module never ran"
-        if self.what == "gradient" and (self.call == "all" or self.call < self.calls):
-            return "no gradient came back through it; read one with run.get_grad(...) and call run.backward(...)"
-        return f"its module ran {self.calls} time(s), not call {self.call}"
+        return f"its module ran {self.calls} time(s), not call {self.call}" if self.calls else "its module never ran"
+
+    def finish(self) -> None:
+        """Let go of what only the pass needed."""
 
 
-def apply_setter(setter: Setter, before: Tensor) -> Tensor:
-    """Return the new value for ``before``, refusing whatever would be ignored or would not fit.
+class Stopped(BaseException):  # a model that catches every Exception must not catch this one
+    """Raised inside the model by :class:`Stop`, caught by the run."""
 
-    Raises:
-        SetterError: the function returned None (saying whether it changed the value in place), or the new value has
-            another shape, dtype or device.
-    """
-    where = f"setting the {setter.what} of {str(setter.site)!r}"
-    value = setter.value
-    if isinstance(value, Proxy):
-        if not value.found and value.state == "pending":
-            raise SetterError(f"{where}: the {value.what} of {str(value.site)!r} does not exist yet, it comes later")
-        value = value.live[-1] if value.live else value.resolve()
-    elif callable(value):
-        version = _version(before)
-        value = value(before)
-        if value is None:
-            how = "changed it in place and returned None" if _version(before) != version else "returned None"
-            raise SetterError(f"{where}: the function {how}; return the new value")
-    if not isinstance(value, Tensor):
-        raise SetterError(f"{where}: expected a tensor, got {type(value).__name__}")
-    wanted = before.shape if setter.copies is None else (setter.copies, *before.shape)
-    for name, given, needed in (
-        ("shape", tuple(value.shape), tuple(wanted)),
-        ("dtype", value.dtype, before.dtype),
-        ("device", value.device, before.device),
-    ):
-        if given != needed:
-            raise SetterError(f"{where}: {name} {given} was given where the module has {needed}")
-    setter.applied += 1
-    # a copy: what comes after may work in place, and the value may be somebody's
-    return value if value is before or setter.what == "gradient" else value.clone()
+
+class Stop(_Counted):
+    """The end of the pass."""
+
+    def meets(self, value: Any) -> Any:
+        """End the pass here, at the call that was asked for."""
+        if self.takes():
+            raise Stopped
+        return value
+
+    def finish(self) -> None:
+        """Let go of nothing."""
 
 
 def _version(value: Tensor) -> int:
     return 0 if value.is_inference() else value._version  # inference tensors count none
-
-
-def put(output: Any, site: Site, value: Tensor) -> Any:
-    """Return ``output`` with the tensor at ``site`` replaced."""
-    if site.item is None:
-        return value
-    pick(output, site)  # raises where there is no such item
-    if isinstance(output, tuple):
-        items = list(output)
-        items[int(site.item)] = value
-        return type(output)(*items) if hasattr(output, "_fields") else tuple(items)
-    changed = output.copy() if is_tensor_collection(output) else type(output)(output)
-    changed[site.item] = value
-    return changed
-
-
-def captured(value: Tensor) -> Tensor:
-    """Copy a value as it is at this moment, outside any graph."""
-    with torch.no_grad():
-        return value.detach().clone()

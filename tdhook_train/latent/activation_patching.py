@@ -14,9 +14,10 @@ from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel
 from tdhook_train.hooks.readers import sole_readers
 from tdhook_train.hooks.versions import run_versions
+from tdhook_train.keys import path_of
 from tdhook_train.method import Method, Seen, look
 from tdhook_train.ops.join import Labels
-from tdhook_train.ops.targets import explained, named, path_of
+from tdhook_train.ops.targets import explained, named
 from tdhook_train.ops.units import evenly_spaced, padded
 
 __all__ = ["ActivationPatching"]
@@ -76,9 +77,8 @@ class ActivationPatching(Method):
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """The layers and the metrics."""
         sites = model.sites(self.layers)
-        kinds = {str(row.site): row.kind for row in model.traced}
         targets = list(self._columns(seen.batch, model))
-        return {"layer": list(sites), "layer_type": [kinds[site] for site in sites], "target": targets}
+        return {"layer": list(sites), "layer_type": [model.kind(site) for site in sites], "target": targets}
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Patch every layer and every unit of one network."""

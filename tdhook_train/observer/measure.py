@@ -160,7 +160,7 @@ def _union(hooked: HookedModel, methods: Sequence[Method]) -> list[str]:
         chosen = method.networks
         if chosen is None or hooked.name in ((chosen,) if isinstance(chosen, str) else chosen):
             wanted |= set(hooked.sites(method.taps(hooked)))
-    return [str(row.site) for row in hooked.traced if str(row.site) in wanted]
+    return list(hooked.sites(sorted(wanted)))
 
 
 def _overlaid(

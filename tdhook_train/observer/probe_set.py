@@ -12,10 +12,10 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import GroupsError, KeyMissingError, SettingsError
+from tdhook_train.keys import path_of
 from tdhook_train.ops.files import whole_file
 from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.ops.folds import in_blocks
-from tdhook_train.ops.targets import path_of
 from tdhook_train.undo import Undo
 
 __all__ = ["ProbeSet"]

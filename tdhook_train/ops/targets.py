@@ -9,6 +9,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import KeyMissingError, SettingsError, TargetError, did_you_mean
+from tdhook_train.keys import dotted, path_of, split_key
 
 __all__ = [
     "Target",
@@ -19,26 +20,13 @@ __all__ = [
     "given_by",
     "label_of",
     "named",
-    "path_of",
     "read",
     "refuse_unknown",
-    "split_key",
 ]
 
 Target = Any  # a key, a key with feature indices, or a function of the TensorDict
 
 _MAX_COLUMNS = 64
-
-
-def split_key(key: Target) -> tuple[str | tuple[str, ...], tuple[int, ...]]:
-    """Split ``("observation", 5)`` into a TensorDict key and feature indices."""
-    if isinstance(key, str):
-        return key, ()
-    names = tuple(part for part in key if isinstance(part, str))
-    features = tuple(part for part in key if isinstance(part, int))
-    if not names or names + features != tuple(key):
-        raise SettingsError(f"{key!r} is no key: names first, then feature indices, e.g. ('observation', 5)")
-    return (names[0] if len(names) == 1 else names), features
 
 
 def label_of(target: Target) -> str:
@@ -74,16 +62,6 @@ def read(td: TensorDictBase, target: Target) -> Tensor:
     except IndexError as error:
         given = ", ".join(map(str, features))
         raise TargetError(f"target {key!r} has features {tuple(value.shape[1:])}, not number {given}") from error
-
-
-def path_of(key: NestedKey) -> tuple[str, ...]:
-    """Write a key as a tuple of names."""
-    return (key,) if isinstance(key, str) else tuple(key)
-
-
-def dotted(key: NestedKey) -> str:
-    """Write a key as one name."""
-    return ".".join(path_of(key))
 
 
 def floating(found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

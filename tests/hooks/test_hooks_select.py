@@ -7,7 +7,7 @@ from torch import nn
 
 from tdhook_train import HookedModel
 from tdhook_train.errors import PathError
-from tdhook_train.hooks.paths import Site, matches, parse
+from tdhook_train.hooks.paths import Site, chooser, parse
 
 
 class Nest(nn.Module):
@@ -116,10 +116,10 @@ def test_sites_need_a_trace():
 
 
 def test_text_is_read_and_written_back():
-    for text in ("a.b", "a.b:1", "a:-1", "a:name", ":0"):
+    for text in ("a.b", "a.b:1", "a:-1", "a:name", ":0", "a:1:name"):
         assert str(parse(text)) == text
-    assert parse("a:1") == Site("a", 1)
-    assert parse("a:one") == Site("a", "one")
+    assert parse("a:1") == Site("a", (1,))
+    assert parse("a:one:2") == Site("a", ("one", 2))
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,4 @@ def test_text_is_read_and_written_back():
     ],
 )
 def test_segments(pattern, path, expected):
-    assert matches(pattern, path) is expected
+    assert chooser(pattern)(path, nn.Identity()) is expected

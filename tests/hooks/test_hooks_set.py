@@ -142,15 +142,17 @@ def test_copies_run_the_rest_of_the_network_on_every_version():
     assert ran == [0]
 
 
-def test_a_gradient_is_bent_on_its_way_back():
+def test_a_gradient_is_bent_on_its_way_back_and_read_as_written_before_or_after():
     model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU(inplace=True)), torch.randn(5, 3)
     for frozen in (False, True):
         with HookedModel(model.requires_grad_(not frozen)).run(rows(x)) as run:
-            grad, here = run.get_grad("0"), run.get_grad("1")
+            grad, before = run.get_grad("0"), run.get_grad("1")
             run.set_grad("1", lambda g: g * 10)
+            after = run.get_grad("1")
             run.backward(lambda out: out["output"].sum())
         active = (model[1](model[0](x)) > 0).float()
-        assert_close(here.resolve(), 10 * active)
+        assert_close(before.resolve(), active)
+        assert_close(after.resolve(), 10 * active)
         assert_close(grad.resolve(), 10 * active @ model[1].weight.detach())
 
 

@@ -8,7 +8,8 @@ from tdhook_train.errors import KeyMissingError, SchemaError, SettingsError, Tar
 from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.ops.join import Measured, join, merge
 from tdhook_train.ops.quadrature import gauss_legendre
-from tdhook_train.ops.targets import columns, given_by, label_of, named, read, split_key
+from tdhook_train.keys import split_key
+from tdhook_train.ops.targets import columns, given_by, label_of, named, read
 from tdhook_train.ops.units import as_rows, evenly_spaced, padded
 
 NAN = float("nan")

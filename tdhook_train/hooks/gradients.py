@@ -1,0 +1,200 @@
+"""Gradients inside a pass: read, bent on their way back, for one target or many, without touching ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from tdhook_train.errors import ResolveError, TargetError, did_you_mean
+from tdhook_train.hooks.items import pick, put
+from tdhook_train.hooks.members import Members
+from tdhook_train.hooks.tap import Proxy, Setter
+from tdhook_train.keys import dotted, split_key
+
+__all__ = ["GradientProxy", "GradientSetter", "Objective", "differentiate", "proxies_of"]
+
+Objective = Any  # a function of the outputs, a key of them, a proxy; or a list or a mapping of these
+
+
+@dataclass
+class _Node:
+    """Where in the graph a gradient passes, and how the tensor there looks."""
+
+    value: Tensor
+    members: Members
+    onward: Any  # what the module gives out from here on
+
+    @classmethod
+    def at(cls, output: Any, tap: Proxy | Setter) -> _Node:
+        """Find the place of a tap in the graph of the pass.
+
+        A copy goes on where the tensor is no step of the graph by itself: where it needs no gradient, is somebody's
+        leaf, or is a view, which an in-place operation after it would take out of the graph.
+        """
+        tensor = pick(output, tap.site)
+        members = Members.of(tensor)
+        raw = members.raw
+        if not raw.is_floating_point():
+            raise TargetError(f"{tap.where} does not exist: the value is {raw.dtype}")
+        if raw.requires_grad and not raw.is_leaf and not raw._is_view():
+            return cls(raw, members, output)
+        value = (raw if raw.requires_grad else raw.detach().requires_grad_()).clone()
+        back = members.hidden(members.seen(value)) if members else value
+        return cls(value, members, put(output, tap.site.items, back))
+
+    def watch(self, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Call ``function`` with each gradient that comes back here, members first; what it returns goes on."""
+
+        def hook(gradient: Tensor) -> Tensor | None:
+            changed = function(self.members.seen(gradient))
+            return None if changed is None else self.members.unseen(changed)
+
+        return self.value.register_hook(hook)
+
+
+@dataclass
+class _Watch:
+    """One call of a module, seen from behind: where its gradient passes and what it would look like."""
+
+    edge: GradientEdge
+    zeros: Callable[[], Tensor]
+    arrived: Tensor | None = None
+
+    def takes(self, proxy: GradientProxy, gradient: Tensor) -> None:
+        self.arrived = proxy.keep.of(gradient, proxy.where)
+
+
+@dataclass
+class GradientProxy(Proxy):
+    """The gradient of what is differentiated with respect to a value; several targets are stacked in front."""
+
+    watches: list[_Watch] = field(default_factory=list)
+    targets: list[list[Tensor]] = field(default_factory=list)  # target -> call -> gradient
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def _why_absent(self) -> str:
+        return " was never asked for: call run.backward(...)" if self.calls else super()._why_absent()
+
+    def meets(self, value: Any) -> Any:
+        """Watch the gradient of this call."""
+        if not self.takes() or not torch.is_grad_enabled():
+            return value
+        node = _Node.at(value, self)
+        shape, members = node.value.detach(), node.members
+        like = members.seen(shape.new_empty(()).expand(shape.shape))  # a shape without memory
+        watch = _Watch(get_gradient_edge(node.value), lambda: self.keep.of(torch.zeros_like(like), self.where))
+        self.watches.append(watch)
+        self.handles.append(node.watch(lambda gradient: watch.takes(self, gradient)))
+        return node.onward
+
+    def collect(self) -> None:
+        """Take what arrived for one target; zeros for a call on which the target does not depend."""
+        self.targets.append([w.zeros() if w.arrived is None else w.arrived for w in self.watches])
+        for watch in self.watches:
+            watch.arrived = None
+
+    def settle(self, *, many: bool) -> None:
+        """Make the values: one a call, with a leading dimension of targets where there are several."""
+        calls = zip(*self.targets, strict=True)
+        self.found = [torch.stack(gradients) if many else gradients[0] for gradients in calls]
+
+    def finish(self) -> None:
+        """Let go of the graph."""
+        super().finish()
+        for handle in self.handles:
+            handle.remove()
+        self.watches, self.targets, self.handles = [], [], []
+
+
+@dataclass
+class GradientSetter(Setter):
+    """A pending change of a gradient on its way back."""
+
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def meets(self, value: Any) -> Any:
+        """Bend the gradient of this call."""
+        if not self.takes() or not torch.is_grad_enabled():
+            return value
+        node = _Node.at(value, self)
+        # a copy: autograd hands one tensor to every summand, and the function may work in place
+        self.handles.append(node.watch(lambda gradient: self.changed(gradient.clone())))
+        return node.onward
+
+    def why_ignored(self) -> str:
+        """Say why no gradient was bent."""
+        if self.calls and (self.call == "all" or self.call < self.calls):
+            return "no gradient came back through it; read one with run.get_grad(...) and call run.backward(...)"
+        return super().why_ignored()
+
+    def finish(self) -> None:
+        """Leave a graph that somebody keeps as it would have been."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+
+def proxies_of(objective: Objective) -> list[Proxy]:
+    """List the values of the pass that are differentiated themselves."""
+    return [one for one in _several(objective) or [objective] if isinstance(one, Proxy)]
+
+
+def differentiate(objective: Objective, output: TensorDictBase | None, wanted: Sequence[GradientProxy]) -> None:
+    """Read the gradients of every target, one backward pass each over the one graph.
+
+    Raises:
+        TargetError: a target is not one number, or the pass was stopped before the outputs that it needs.
+    """
+    several = _several(objective)
+    totals = [_number(one, output) for one in (several if several is not None else [objective])]
+    edges = list(dict.fromkeys(watch.edge for proxy in wanted for watch in proxy.watches))
+    further = any(not proxy.keep.detach for proxy in wanted)
+    for i, total in enumerate(totals):
+        if edges and total.requires_grad:
+            again = further or i < len(totals) - 1
+            torch.autograd.grad(total, edges, retain_graph=again, create_graph=further, allow_unused=True)
+        for proxy in wanted:
+            proxy.collect()
+    for proxy in wanted:
+        proxy.settle(many=several is not None)
+
+
+def _several(objective: Objective) -> list[Any] | None:
+    if isinstance(objective, Mapping):
+        return list(objective.values())
+    return objective if isinstance(objective, list) else None
+
+
+def _number(objective: Any, output: TensorDictBase | None) -> Tensor:
+    if isinstance(objective, Proxy):
+        if not objective.live:
+            raise ResolveError(f"{objective.where}, which backward() differentiates, was never reached")
+        total: Any = objective.live[-1]
+    elif output is None:
+        raise TargetError("backward() needs the outputs, but the pass was stopped before them")
+    else:
+        total = objective(output) if callable(objective) else _sum_of(objective, output)
+    if not isinstance(total, Tensor) or total.numel() != 1:
+        given = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
+        raise TargetError(f"backward() differentiates one number, got {given}; sum it, or give a list of targets")
+    return total
+
+
+def _sum_of(key: Any, output: TensorDictBase) -> Tensor:
+    """Sum an output, or a feature of it, over everything else: rows that do not mix keep their own gradients."""
+    name, features = split_key(key)
+    if name not in output.keys(include_nested=True):
+        known = [dotted(k) for k in output.keys(include_nested=True, leaves_only=True)]
+        raise TargetError(f"backward() of {dotted(name)!r}, which is no output{did_you_mean(dotted(name), known)}")
+    value = output.get(name)
+    try:
+        return value[(..., *features)].sum() if features else value.sum()
+    except IndexError as error:
+        raise TargetError(f"backward() of {key!r}: the output has shape {tuple(value.shape)}") from error

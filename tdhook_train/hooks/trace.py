@@ -1,0 +1,110 @@
+"""The order in which a model runs its modules, and what a selection names in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import is_tensor_collection
+from torch import Tensor, nn
+
+from tdhook_train.errors import PathError, did_you_mean
+from tdhook_train.hooks.items import floating_items
+from tdhook_train.hooks.paths import Selector, Site, chooser, is_leaf, is_pattern, parse, shown, walk
+from tdhook_train.undo import Undo
+
+__all__ = ["TracedSite", "eager", "select", "trace"]
+
+
+@dataclass(frozen=True)
+class TracedSite:
+    """A site that ran, with what its module is: one row of a model's trace."""
+
+    site: Site
+    module: nn.Module = field(repr=False, compare=False)
+    paths: tuple[str, ...]  # every name of the module, the site's own first
+    previous: str | None  # site of the module whose output object was this module's input, if any
+
+    @property
+    def kind(self) -> str:
+        """Class name of the module."""
+        return type(self.module).__name__
+
+
+def eager(model: nn.Module) -> AbstractContextManager[Any]:
+    """Run without compiled code, in which hooks never fire; what was compiled stays, and is not compiled again."""
+    compiled = any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def trace(model: nn.Module, call: Callable[[], Any]) -> tuple[TracedSite, ...]:
+    """Run ``call`` once and list every site of ``model`` in the order in which the modules finished."""
+    rows: dict[str, TracedSite] = {}
+    gave: dict[int, str] = {}  # id of a live output -> site; `kept` keeps the ids from being reused
+    kept: list[Tensor] = []
+    named: dict[nn.Module, list[str]] = {}
+    for path, module in walk(model):
+        named.setdefault(module, []).append(path)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if is_tensor_collection(output):
+            return  # a wrapper's whole batch: what it adds is the output of a module inside
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        paths = tuple(named[module])
+        for items, tensor in floating_items(output):
+            site = Site(paths[0], items)
+            previous = gave.get(id(first)) if first is not None else None
+            rows.setdefault(str(site), TracedSite(site, module, paths, previous))
+            if is_leaf(module):
+                gave[id(tensor)] = str(site)
+                kept.append(tensor)
+
+    with Undo() as undo, torch.no_grad(), eager(model):
+        for module in named:
+            undo.hook(module.register_forward_hook(hook))
+        call()
+    return tuple(rows.values())
+
+
+def select(
+    rows: Sequence[TracedSite], layers: Sequence[Selector], *, owner: str, strict: bool = True
+) -> tuple[str, ...]:
+    """Return the sites that the selectors name, each once, in the order in which the model runs them.
+
+    A shared module is found under any of its names: a path keeps the name that it was given, a pattern, class or
+    predicate gives the first.
+
+    Args:
+        rows: the model's trace.
+        layers: paths, patterns, classes or predicates.
+        owner: what to call the model in an error.
+        strict: refuse a selector that matches nothing.
+
+    Raises:
+        PathError: one of the selectors matches nothing that ran; names the nearest sites.
+    """
+    chosen: dict[int, list[str]] = {}  # row -> the names it was asked for by
+    for selector in layers:
+        found = [(i, name) for i, row in enumerate(rows) if (name := _name(row, selector)) is not None]
+        if not found and strict:
+            known = [str(Site(path, row.site.items)) for row in rows for path in row.paths]
+            near = did_you_mean(selector, known) if isinstance(selector, str) else ""
+            raise PathError(f"{shown(selector)} matches no module of {owner} that gives out numbers{near}")
+        for i, name in found:
+            chosen.setdefault(i, []).append(name)
+    return tuple(name for i in sorted(chosen) for name in dict.fromkeys(chosen[i]))
+
+
+def _name(row: TracedSite, selector: Selector) -> str | None:
+    """Return the name by which a selector means this row, or None where it does not."""
+    items = parse(selector).items if isinstance(selector, str) else ()
+    if row.site.items[: len(items)] != items:
+        return None
+    if isinstance(selector, str) and not is_pattern(selector):
+        path = parse(selector).module
+        return str(Site(path, row.site.items)) if path in row.paths else None
+    wanted = chooser(selector)
+    return str(row.site) if any(wanted(path, row.module) for path in row.paths) else None

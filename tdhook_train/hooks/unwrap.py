@@ -1,0 +1,84 @@
+"""The model inside what a training puts around it, or an error where hooks cannot reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdhook_train.errors import NetworkError
+
+__all__ = ["unwrapped"]
+
+Call = Callable[..., Any]
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, Call]:
+    """Return the model whose paths count, and how it is called.
+
+    torch.compile, DataParallel and DistributedDataParallel are left out of the pass: an eager forward of one process
+    needs neither their code nor their communication. Fabric's precision is kept.
+
+    Raises:
+        NetworkError: the model is scripted, sharded, a TorchRL loss or no module at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise NetworkError(f"expected a torch module, got {type(model).__name__}")
+    inner, call = model, None
+    while (step := _inside(inner)) is not None:
+        if _is(inner, "_FabricModule"):
+            call = _in_precision_of(inner)
+        inner = step
+    _refuse(inner)
+    return inner, _plain(inner) if call is None else call(inner)
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    if "_orig_mod" in model._modules:
+        return model._modules["_orig_mod"]
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return model.module
+    return model._modules.get("_original_module") if _is(model, "_FabricModule") else None
+
+
+def _is(model: nn.Module, *names: str) -> bool:  # by name: neither Lightning nor FSDP is imported to ask
+    return any(kind.__name__ in names for kind in type(model).__mro__)
+
+
+def _plain(model: nn.Module) -> Call:
+    return model
+
+
+def _in_precision_of(fabric: Any) -> Callable[[nn.Module], Call]:
+    precision = fabric._strategy.precision
+
+    def inside(model: nn.Module) -> Call:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            args = tuple(precision.convert_input(arg) if isinstance(arg, Tensor) else arg for arg in args)
+            with precision.forward_context():
+                output = model(*args, **kwargs)
+            return precision.convert_output(output) if isinstance(output, Tensor) else output
+
+        return call
+
+    return inside
+
+
+def _refuse(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NetworkError("the model is scripted (TorchScript): hooks do not fire inside; use what it was made from")
+    for path, part in model.named_modules():
+        where = f"{type(model).__name__}{f' at {path!r}' if path else ''}"
+        if _is(part, "FullyShardedDataParallel", "FSDPModule"):
+            raise NetworkError(
+                f"{where} is sharded (FSDP), and no process holds its weights; use an unsharded copy with "
+                "the full state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict)"
+            )
+    if hasattr(model, "convert_to_functional"):
+        raise NetworkError(
+            f"{type(model).__name__} is a TorchRL loss, which keeps its networks and their weights apart; observe it "
+            "with tdhook_train.rl.ObservedLoss, or hook a copy of one network: "
+            "Shadow(networks(loss)['actor_network']).module, both from tdhook_train.isolation"
+        )
