@@ -12,14 +12,16 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from tdhook_train.errors import NetworkError, PathError, SettingsError, did_you_mean
+from tdhook_train.errors import KeyMissingError, NetworkError, PathError, SettingsError, did_you_mean
 from tdhook_train.hooks import HookedModel
+from tdhook_train.hooks.paths import Selector, selectors, shown
 from tdhook_train.isolation import in_place
+from tdhook_train.keys import dotted, path_of
 from tdhook_train.ops.join import Labels, Measured, join
 from tdhook_train.ops.targets import given_by, named, refuse_unknown
 from tdhook_train.schedule import Times
 
-__all__ = ["Method", "Part", "Parts", "Prepared", "Seen", "look"]
+__all__ = ["Edit", "Method", "Part", "Parts", "Prepared", "Seen", "inputs_below", "look"]
 
 
 _T = TypeVar("_T")
@@ -90,6 +92,9 @@ class Method(ABC):
     legend: ClassVar[Mapping[str, Mapping[int, str]]] = {}
     """What the int8 codes of an artifact mean."""
 
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of the inputs that it runs on instead of the batch's own: ``("positive", key)`` and so on."""
+
     by_trajectory: ClassVar[bool] = False
     """Whether a result is wrong unless rows are told apart by trajectory, as in reinforcement learning."""
 
@@ -105,6 +110,10 @@ class Method(ABC):
     @abstractmethod
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Return the artifacts of one network."""
+
+    def edits(self, model: HookedModel) -> Mapping[Selector, Any]:  # noqa: ARG002 - subclasses use it
+        """Say what stays set on a model that the method is prepared on: see :meth:`HookedModel.edited`."""
+        return {}
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:  # noqa: ARG002 - subclasses use it
         """Label the dimensions of one network's artifacts; a dimension without labels is numbered."""
@@ -146,11 +155,12 @@ class Method(ABC):
         if (targets := getattr(self, "targets", None)) is not None:
             refuse_unknown(targets, {name: model.out_keys for name, model in chosen.items()})
         layers = getattr(self, "layers", ())
-        for pattern in (layers,) if isinstance(layers, str) else layers:
+        for pattern in selectors(layers):
             if not any(model.has(pattern) for model in chosen.values()):
                 known = [f"{name}.{path}" if name else path for name, m in chosen.items() for path in m.modules]
                 titles = " or ".join(model.title for model in chosen.values())
-                raise PathError(f"layers={pattern!r} matches no module of {titles}{did_you_mean(pattern, known)}")
+                near = did_you_mean(pattern, known) if isinstance(pattern, str) else ""
+                raise PathError(f"layers={shown(pattern)} matches no module of {titles}{near}")
 
     def across(self, parts: Parts) -> Measured:
         """Measure several networks and join what they gave: see :func:`tdhook_train.ops.join.join`."""
@@ -198,9 +208,22 @@ class Method(ABC):
         """Put the method on a model by hand: ``with method.prepare(model) as hooked: td = hooked(td)``.
 
         The call adds the method's artifacts and the model's outputs to a copy of the TensorDict. What an observer
-        would know beyond the batch (trajectories, the network at initialisation) is absent.
+        would know beyond the batch (trajectories, the network at initialisation) is absent. A method that edits keeps
+        the model changed as long as the block lasts, for whoever calls it.
         """
-        yield Prepared(self, HookedModel(model, in_keys, out_keys))
+        hooked = HookedModel(model, in_keys, out_keys)
+        self.check({"": hooked})
+        with hooked.edited(self.edits(hooked)):
+            yield Prepared(self, hooked)
+
+
+@dataclass(frozen=True)
+class Edit(Method):
+    """A method that changes what a model computes as long as it is prepared, and measures nothing."""
+
+    def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:  # noqa: ARG002 - there is nothing to measure
+        """Add nothing: the outputs of the changed model are there already."""
+        return TensorDict({}, batch_size=[])
 
 
 class Prepared:
@@ -215,16 +238,36 @@ class Prepared:
 
     def __call__(self, td: TensorDictBase, **known: Any) -> TensorDictBase:
         """Return a copy of ``td`` with outputs and artifacts; ``known`` fills further fields of :class:`Seen`."""
-        self.method.check({"": self.model})
         with in_place(self.model.module, seed=0):
-            self.model.trace(td)
-            values, outputs = look(self.model, td, self.model.sites(self.method.taps(self.model)))
+            self.model.trace(inputs_below(td, self.method.reads[0], self.model) if self.method.reads else td)
+            values, outputs = self._look(td)
             seen = replace(Seen(td.copy().update(outputs), values), **known)
             artifacts = self.method.measure(seen, self.model)
         shared = dict(artifacts.items(include_nested=True, leaves_only=True))
         batched = all(v.shape[: td.batch_dims] == td.batch_size for v in shared.values())
         out = seen.batch if batched else TensorDict(dict(seen.batch.items()), batch_size=[])
         return out.update(TensorDict(shared, batch_size=out.batch_size))
+
+    def _look(self, td: TensorDictBase) -> tuple[Mapping[str, Tensor], TensorDictBase]:
+        if self.method.reads and not all(key in td.keys(include_nested=True) for key in self.model.in_keys):
+            return {}, TensorDict({}, batch_size=td.batch_size)
+        return look(self.model, td, self.model.sites(self.method.taps(self.model)))
+
+
+def inputs_below(td: TensorDictBase, prefix: str, model: HookedModel) -> TensorDict:
+    """Return a model's inputs from below a prefix: ``("positive", key)`` under ``key``.
+
+    Raises:
+        KeyMissingError: one is absent; names the nearest keys.
+    """
+    found: dict[NestedKey, Any] = {}
+    for key in model.in_keys:
+        path = (prefix, *path_of(key))
+        if path not in td.keys(include_nested=True):
+            known = [dotted(k) for k in td.keys(include_nested=True, leaves_only=True)]
+            raise KeyMissingError(f"{path!r} is not in the batch{did_you_mean(dotted(path), known)}")
+        found[key] = td.get(path)
+    return TensorDict(found, batch_size=td.batch_size)
 
 
 def look(model: HookedModel, batch: TensorDictBase, sites: Sequence[str]) -> tuple[dict[str, Tensor], TensorDictBase]:

@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook_train.errors import KeyMissingError, SettingsError, TargetError
+from tdhook_train.attribution.attribution import Attribution
+from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel
 from tdhook_train.keys import path_of
-from tdhook_train.method import Method, Seen
-from tdhook_train.ops.join import Labels
+from tdhook_train.method import Seen
 from tdhook_train.ops.quadrature import gauss_legendre
-from tdhook_train.ops.targets import explained, named
-from tdhook_train.ops.units import evenly_spaced
 
 __all__ = ["IntegratedGradients"]
 
-_ROWS_PER_PASS = 2048  # of path points: what stays in a core's cache for a small network, measured fastest
-
 
 @dataclass(frozen=True)
-class IntegratedGradients(Method):
+class IntegratedGradients(Attribution):
     """How much each input feature contributes to an output, compared with a baseline.
 
     The contributions of all features sum to ``F(x) - F(baseline)`` up to the error of the quadrature, which is
     reported as ``delta``. All targets come from one forward pass over the path; each costs a backward pass.
 
     Args:
-        targets: what is explained: an output key, ``("output", 340)`` for one feature of it, a function of the
-            outputs that gives one number a row, a list of these or a mapping of names to these (the artifact then has
-            a target dimension after the batch). By default every feature of the first output.
-        init_attr_targets: TDHook's form instead of ``targets``: a function of (outputs, inputs) that returns a
-            TensorDict whose leaves are explained.
+        targets: see :class:`Attribution`, as are ``init_attr_targets`` and ``rows``.
         points: Gauss-Legendre points of the path.
-        rows: explain at most this many rows, spread evenly over the batch; all by default.
         baseline: where ``("baseline", key)`` is not in the batch: zeros, or the mean over the batch.
+        rows_per_pass: at most so many points of paths go through the network at once, which bounds memory; what stays
+            in a core's cache for a small network was measured fastest.
 
     Writes:
         ``("attr", key)`` [batch, target, *feature] for each floating input key, in units of the target.
@@ -48,67 +41,35 @@ class IntegratedGradients(Method):
     Source: Sundararajan et al. 2017, arXiv:1703.01365.
     """
 
-    targets: Any = None
-    init_attr_targets: Callable[[TensorDictBase, TensorDictBase], TensorDictBase] | None = None
     points: int = 50
-    rows: int | None = None
     baseline: Literal["zero", "mean"] = "zero"
+    rows_per_pass: int = 2048
 
     writes: ClassVar[Mapping[str, str]] = {"attr": "batch target *feature", "delta": "batch target"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.targets is not None and self.init_attr_targets is not None:
-            raise SettingsError("IntegratedGradients takes targets or init_attr_targets, not both")
-        if self.points < 1 or (self.rows is not None and self.rows < 1):
-            raise SettingsError(
-                f"IntegratedGradients needs points and rows of 1 or more, got {self.points}, {self.rows}"
-            )
+        for name in ("points", "rows_per_pass"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"IntegratedGradients needs {name} of 1 or more, got {getattr(self, name)}")
         if self.baseline not in ("zero", "mean"):
             raise SettingsError(f"baseline={self.baseline!r} is none of 'zero', 'mean'")
-        if self.targets is not None:
-            named(self.targets)
-
-    def dims(self, key: NestedKey, ndim: int) -> tuple[str, ...]:
-        """One target alone has no dimension of its own."""
-        if self._many:
-            return super().dims(key, ndim)
-        return tuple(name for name in super().dims(key, ndim + 1) if name != "target")
-
-    def labels(self, seen: Seen, model: HookedModel) -> Labels:
-        """Targets, the rows of the batch, and the features of the input."""
-        inputs = {key: value for key, value in self._inputs(seen, model).items() if value.is_floating_point()}
-        index = evenly_spaced(len(seen.batch), self.rows)
-        out: Labels = {} if self.rows is None else {"batch": index.tolist()}
-        if self._many:
-            out["target"] = list(self._explained(seen.batch, seen.batch, model))
-        if len(inputs) == 1 and next(iter(inputs)) in seen.names:
-            out["feature"] = list(seen.names[next(iter(inputs))])
-        return out
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Integrate the gradients of every target over the path."""
-        inputs = self._inputs(seen, model)
-        index = evenly_spaced(len(seen.batch), self.rows).to(model.device())
+        inputs, index = self._inputs(seen, model), self._index(seen, model)
         ends = {key: value[index] for key, value in inputs.items()}
         starts = {key: self._baseline(seen, key, inputs[key], index) for key in ends}
+        chunks = torch.arange(len(index), device=index.device).split(self.rows_per_pass)
+        return torch.cat([self._explain(model, _rows(starts, chunk), _rows(ends, chunk)) for chunk in chunks])
+
+    def _explain(self, model: HookedModel, starts: _Point, ends: _Point) -> TensorDict:
         attr = self._integrate(model, starts, ends)
-        rise = self._rise(model, starts, ends)
         total = sum(value.flatten(2).sum(2) if value.ndim > 2 else value for value in attr.values())
-        out = TensorDict({("attr", *path_of(key)): value for key, value in attr.items()}, batch_size=[len(index)])
-        out["delta"] = total - rise
+        rows = len(next(iter(ends.values())))
+        out = TensorDict({("attr", *path_of(key)): value for key, value in attr.items()}, batch_size=[rows])
+        out["delta"] = total - self._rise(model, starts, ends)
         return out if self._many else out.apply(lambda value: value[:, 0])
-
-    @property
-    def _many(self) -> bool:
-        return self.init_attr_targets is None and (self.targets is None or isinstance(self.targets, list | Mapping))
-
-    def _inputs(self, seen: Seen, model: HookedModel) -> dict[NestedKey, Tensor]:
-        inputs = {key: seen.batch.get(key) for key in model.in_keys}
-        if not any(value.is_floating_point() for value in inputs.values()):
-            kinds = {key: value.dtype for key, value in inputs.items()}
-            raise KeyMissingError(f"IntegratedGradients needs a floating-point input, the model reads {kinds}")
-        return inputs
 
     def _baseline(self, seen: Seen, key: NestedKey, value: Tensor, index: Tensor) -> Tensor:
         if not value.is_floating_point():
@@ -120,23 +81,13 @@ class IntegratedGradients(Method):
             return value.mean(0, keepdim=True).expand_as(value[index])
         return torch.zeros_like(value[index])
 
-    def _explained(self, outputs: TensorDictBase, inputs: TensorDictBase, model: HookedModel) -> dict[str, Tensor]:
-        rows = len(outputs)
-        if self.init_attr_targets is not None:
-            leaves = self.init_attr_targets(outputs, inputs).flatten_keys(".")
-            return {"+".join(leaves.keys()): sum(leaf.reshape(rows, -1).sum(1) for leaf in leaves.values())}
-        found = dict(explained(outputs, self.targets, model.out_keys, rows))
-        if not self._many and len(found) != 1:
-            raise TargetError(f"target {self.targets!r} has {len(found)} features; explain one, or give a list")
-        return found
-
     def _integrate(self, model: HookedModel, starts: _Point, ends: _Point) -> dict[NestedKey, Tensor]:
         rows = len(next(iter(ends.values())))
         at, weights = (x.to(model.device()) for x in gauss_legendre(self.points))
         moving = [key for key, value in ends.items() if value.is_floating_point()]
         sums: dict[tuple[int, NestedKey], Tensor] = {}
         targets = 0
-        for chunk in torch.arange(self.points).split(max(1, _ROWS_PER_PASS // rows)):
+        for chunk in torch.arange(self.points).split(max(1, self.rows_per_pass // rows)):
             with torch.inference_mode(False), torch.enable_grad():
                 path = {key: _between(starts[key], ends[key], at[chunk]) for key in ends}
                 found = self._forward(model, path)
@@ -154,12 +105,15 @@ class IntegratedGradients(Method):
 
     def _rise(self, model: HookedModel, starts: _Point, ends: _Point) -> Tensor:
         with torch.no_grad():
-            both = self._forward(model, {key: torch.cat([starts[key], ends[key]]) for key in ends})
-        low, high = torch.stack(both, 1).chunk(2)
+            low, high = (torch.stack(self._forward(model, point), 1) for point in (starts, ends))
         return high - low
 
 
 _Point = dict[NestedKey, Tensor]
+
+
+def _rows(point: _Point, index: Tensor) -> _Point:
+    return {key: value[index] for key, value in point.items()}
 
 
 def _between(start: Tensor, end: Tensor, at: Tensor) -> Tensor:

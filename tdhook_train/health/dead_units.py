@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_train.errors import SettingsError
-from tdhook_train.hooks import HookedModel
+from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.units import as_rows, padded
 
@@ -28,7 +28,7 @@ class DeadUnits(Method):
     ``min_std``; any other unit is dead when it is zero on every row. Costs no pass of its own.
 
     Args:
-        layers: paths or patterns.
+        layers: paths, patterns, module classes or predicates.
         min_std: in units of the activation.
 
     Writes:
@@ -38,7 +38,7 @@ class DeadUnits(Method):
     Source: Lyle et al. 2023, arXiv:2303.01486 (dead and saturated units).
     """
 
-    layers: str | tuple[str, ...] = "**"
+    layers: Selection = "**"
     min_std: float = 1e-3
 
     writes: ClassVar[Mapping[str, str]] = {"dead": "layer", "dead_unit": "layer unit", "width": "layer"}

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from tdhook_train.errors import SettingsError
-from tdhook_train.hooks import HookedModel
+from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.units import as_rows, padded
@@ -26,7 +26,7 @@ class DormantUnits(Method):
     this rule: see :class:`~tdhook_train.health.DeadUnits`. Costs no pass of its own.
 
     Args:
-        layers: paths or patterns.
+        layers: paths, patterns, module classes or predicates.
         taus: thresholds.
 
     Writes:
@@ -36,7 +36,7 @@ class DormantUnits(Method):
     Source: Sokar et al. 2023, arXiv:2302.12902, definition 3.1.
     """
 
-    layers: str | tuple[str, ...] = "**"
+    layers: Selection = "**"
     taus: tuple[float, ...] = (0.0, 0.025, 0.1)
 
     writes: ClassVar[Mapping[str, str]] = {"dormant": "layer tau", "dormancy": "layer unit"}

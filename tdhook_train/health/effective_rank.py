@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook_train.hooks import HookedModel
+from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.units import as_rows
 
@@ -27,7 +27,7 @@ class EffectiveRank(Method):
     entropy.
 
     Args:
-        layers: paths or patterns.
+        layers: paths, patterns, module classes or predicates.
 
     Writes:
         ``effective_rank`` [layer]: of the activations as they are. ``effective_rank_centred`` [layer]: of the
@@ -36,7 +36,7 @@ class EffectiveRank(Method):
     Source: Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality".
     """
 
-    layers: str | tuple[str, ...] = "**"
+    layers: Selection = "**"
 
     writes: ClassVar[Mapping[str, str]] = {"effective_rank": "layer", "effective_rank_centred": "layer"}
 

@@ -17,7 +17,7 @@ from tdhook_train.hooks.paths import Selection, Selector, chooser, is_pattern, m
 from tdhook_train.hooks.run import Run, refuse_ignored, setters_at, through
 from tdhook_train.hooks.trace import TracedSite, eager, select, trace
 from tdhook_train.hooks.unwrap import unwrapped
-from tdhook_train.keys import path_of
+from tdhook_train.keys import dotted, path_of
 from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng
 
 __all__ = ["HookedModel"]
@@ -220,6 +220,16 @@ class HookedModel:
     def module_of(self, site: str) -> nn.Module:
         """Return the module behind a site."""
         return module_at(self.module, parse(site).module)
+
+    def input_site(self, key: NestedKey) -> str:
+        """Return where an input enters the model, for :meth:`Run.get_input` and the like: ``":0"``, ``":mask"``."""
+        if key not in self.in_keys:
+            known = [dotted(k) for k in self.in_keys]
+            raise KeyMissingError(f"{dotted(key)!r} is no input of {self.title}{did_you_mean(dotted(key), known)}")
+        if self._speaks_tensordict:
+            return ":" + ":".join(path_of(key))
+        positional = [k for k in self.in_keys if k not in self._keywords]
+        return f":{self._keywords[key] if key in self._keywords else positional.index(key)}"
 
     def kind(self, site: str) -> str:
         """Return the class name of the module behind a site."""

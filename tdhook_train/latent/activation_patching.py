@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_train.errors import SettingsError
-from tdhook_train.hooks import HookedModel
+from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.hooks.readers import sole_readers
 from tdhook_train.hooks.versions import run_versions
 from tdhook_train.keys import path_of
@@ -38,7 +38,7 @@ class ActivationPatching(Method):
     only reader is an elementwise activation (replacing a unit before or after it is the same).
 
     Args:
-        layers: paths or patterns of the layers to patch.
+        layers: paths, patterns, module classes or predicates of the layers to patch.
         targets: the metrics: an output key, a key with a feature index, a function of the outputs that gives one
             number a row, a list or a mapping of names to these. By default every feature of the first output.
         pairs: number of paired states. Rows spread evenly over the batch are each paired with the row half the batch
@@ -55,7 +55,7 @@ class ActivationPatching(Method):
     Source: Vig et al. 2020, arXiv:2004.12265; Zhang and Nanda 2024, arXiv:2309.16042.
     """
 
-    layers: str | tuple[str, ...] = "**"
+    layers: Selection = "**"
     targets: Any = None
     pairs: int = 64
 

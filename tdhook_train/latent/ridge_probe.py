@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import GroupsError, SettingsError
-from tdhook_train.hooks import HookedModel
+from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.method import Method, Part, Parts, Seen, look
 from tdhook_train.ops.folds import circular_shifts, fold_of, in_blocks
 from tdhook_train.ops.join import Labels, Measured
@@ -34,7 +34,8 @@ class RidgeProbe(Method):
     Costs no pass of its own (the shared one; another on the initial network, once a probe set).
 
     Args:
-        layers: paths or patterns; ``"**"`` is every leaf module, before and after activations alike.
+        layers: paths, patterns, module classes or predicates; ``"**"`` is every leaf module, before and after
+            activations alike.
         target: what is predicted: a key of the batch, a key with a feature index (``("observation", 5)``), a function
             of the batch, a list of these, or a mapping of names to these. Outputs of the networks stand in the batch
             too: ``"state_value"`` is the present value estimate.
@@ -54,7 +55,7 @@ class RidgeProbe(Method):
     arXiv:1909.03368.
     """
 
-    layers: str | tuple[str, ...] = "**"
+    layers: Selection = "**"
     target: Any = "output"
     folds: int = 5
     alphas: tuple[float, ...] = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)

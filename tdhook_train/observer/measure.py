@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tdhook_train.errors import GroupsError, SettingsError
 from tdhook_train.hooks import HookedModel
-from tdhook_train.method import Method, Part, Seen, look
+from tdhook_train.method import Edit, Method, Part, Seen, look
 from tdhook_train.observer.sources import Source
 from tdhook_train.observer.subject import Subject
 from tdhook_train.ops.join import Measured, merge
@@ -78,6 +78,11 @@ def rows_of(methods: Mapping[str, Method | Sequence[Method]]) -> dict[str, tuple
         for method in grouped[name]:
             if not isinstance(method, Method):
                 raise SettingsError(f"methods[{name!r}] holds {method!r}, which is no Method")
+            if isinstance(method, Edit):
+                raise SettingsError(
+                    f"methods[{name!r}] edits a model and measures nothing; use it by hand: "
+                    f"with {type(method).__name__}(...).prepare(model) as hooked"
+                )
         if not grouped[name]:
             raise SettingsError(f"methods[{name!r}] is empty")
     return grouped

@@ -9,9 +9,9 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook_train import Method, attribution, health, latent
-from tdhook_train.attribution import IntegratedGradients
+from tdhook_train.attribution import IntegratedGradients, Saliency
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank
-from tdhook_train.latent import ActivationPatching, RidgeProbe
+from tdhook_train.latent import ActivationAddition, ActivationPatching, RidgeProbe, SteeringVectors
 
 PUBLIC = [getattr(family, name) for family in (attribution, health, latent) for name in family.__all__]
 
@@ -28,13 +28,38 @@ class Case:
         return self.make(**self.settings)
 
 
+def double(_layer, output):
+    return output * 2
+
+
 CASES = (
     Case(
         IntegratedGradients,
         {"targets": [("output", 0), ("output", 1)], "points": 8, "rows": 6},
         {"baseline": "mean"},
-        {"points": [0], "rows": [0], "baseline": ["zeros"], "targets": [(0,)]},
+        {"points": [0], "rows": [0], "rows_per_pass": [0], "baseline": ["zeros"], "targets": [(0,)]},
         frozenset({("attr", "input"), "delta"}),
+    ),
+    Case(
+        Saliency,
+        {"targets": [("output", 0), ("output", 1)], "rows": 6},
+        {"score": "absolute"},
+        {"rows": [0], "score": ["abs"], "targets": [(0,)]},
+        frozenset({("attr", "input")}),
+    ),
+    Case(
+        ActivationAddition,
+        {"layers": ("0", "1")},
+        {"layers": "0"},
+        {},
+        frozenset({("steer", "0"), ("steer", "1")}),
+    ),
+    Case(
+        SteeringVectors,
+        {"layers": ("0", "1"), "steer_fn": double},
+        {"layers": "0"},
+        {"steer_fn": [None, 3.0]},
+        frozenset(),
     ),
     Case(
         RidgeProbe,
@@ -77,7 +102,8 @@ def mlp(*widths, activation=nn.Tanh):
 
 def batch(n=24, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return TensorDict({"input": torch.randn(n, 3, generator=g), "y": torch.randn(n, generator=g)}, [n])
+    x, y, plus, minus = (torch.randn(n, *width, generator=g) for width in ((3,), (), (3,), (3,)))
+    return TensorDict({"input": x, "y": y, ("positive", "input"): plus, ("negative", "input"): minus}, [n])
 
 
 def measured(method, model, td, **known):

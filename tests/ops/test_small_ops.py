@@ -5,10 +5,10 @@ import torch
 from tensordict import TensorDict
 
 from tdhook_train.errors import KeyMissingError, SchemaError, SettingsError, TargetError
+from tdhook_train.keys import split_key
 from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.ops.join import Measured, join, merge
 from tdhook_train.ops.quadrature import gauss_legendre
-from tdhook_train.keys import split_key
 from tdhook_train.ops.targets import columns, given_by, label_of, named, read
 from tdhook_train.ops.units import as_rows, evenly_spaced, padded
 
