@@ -39,7 +39,7 @@ class _Node:
         leaf, or is a view, which an in-place operation after it would take out of the graph.
         """
         tensor = pick(output, tap.site)
-        members = Members.of(tensor)
+        members = Members.of(tensor, tap.batch)
         raw = members.raw
         if not raw.is_floating_point():
             raise TargetError(f"{tap.where} does not exist: the value is {raw.dtype}")
@@ -124,8 +124,7 @@ class GradientSetter(Setter):
         if not self.takes() or not torch.is_grad_enabled():
             return value
         node = _Node.at(value, self)
-        # a copy: autograd hands one tensor to every summand, and the function may work in place
-        self.handles.append(node.watch(lambda gradient: self.changed(gradient.clone())))
+        self.handles.append(node.watch(self.changed))
         return node.onward
 
     def why_ignored(self) -> str:

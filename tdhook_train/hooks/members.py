@@ -16,44 +16,47 @@ _functorch = torch._C._functorch
 class Members:
     """Where vmap hides the dimensions of its members, outermost level first; empty outside any vmap.
 
-    A value that leaves the pass carries the members in leading dimensions: a hidden one could not be used there.
+    A value that leaves the pass carries them in sight: a hidden one could not be used there. They stand after the
+    dimensions of the batch, rows first as everywhere, or in front where the batch itself is what vmap hides.
     """
 
     levels: tuple[int, ...]
     dims: tuple[int, ...]  # each as seen at its own level
+    lead: int  # dimensions of the batch before them
     raw: Tensor  # with every dimension in sight
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Members:
-        """Look behind a tensor."""
+    def of(cls, tensor: Tensor, batch: tuple[int, ...] = ()) -> Members:
+        """Look behind a tensor of a pass over a batch of this size."""
+        lead = len(batch) if tuple(tensor.shape[: len(batch)]) == tuple(batch) else 0
         levels: list[int] = []
         dims: list[int] = []
         while _functorch.is_batchedtensor(tensor):
             levels.insert(0, _functorch.maybe_get_level(tensor))
             dims.insert(0, _functorch.maybe_get_bdim(tensor))
             tensor = _functorch.get_unwrapped(tensor)
-        return cls(tuple(levels), tuple(dims), tensor)
+        return cls(tuple(levels), tuple(dims), lead, tensor)
 
     def __bool__(self) -> bool:
         """Whether there are members at all."""
         return bool(self.levels)
 
-    def order(self) -> tuple[int, ...]:
-        """Return the dimensions of the raw tensor, members first."""
+    def _order(self) -> tuple[int, ...]:
         left = list(range(self.raw.ndim))
-        return (*[left.pop(dim) for dim in self.dims], *left)
+        members = [left.pop(dim) for dim in self.dims]
+        return (*left[: self.lead], *members, *left[self.lead :])
 
     def seen(self, raw: Tensor) -> Tensor:
-        """Bring the members of a raw tensor to the front."""
-        return raw.permute(self.order()) if self else raw
+        """Bring the members of a raw tensor behind its batch."""
+        return raw.permute(self._order()) if self else raw
 
     def unseen(self, seen: Tensor) -> Tensor:
         """Put the members back where the raw tensor has them."""
-        order = self.order()
+        order = self._order()
         return seen.permute([order.index(i) for i in range(len(order))]) if self else seen
 
     def hidden(self, seen: Tensor) -> Tensor:
-        """Hide leading member dimensions again, for use inside vmap."""
+        """Hide the dimensions of the members again, for use inside vmap."""
         for level in self.levels:
-            seen = _functorch._add_batch_dim(seen, 0, level)
+            seen = _functorch._add_batch_dim(seen, self.lead, level)
         return seen

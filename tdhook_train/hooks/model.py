@@ -107,7 +107,7 @@ class HookedModel:
                 positional = [value for key, value in given.items() if key not in self._keywords]
                 td = self._write(td, self._call(*positional, **{n: given[k] for k, n in self._keywords.items()}))
         for key, value in given.items():
-            if td.get(key) is value:
+            if td.get(key, None) is value:  # what the module itself put there stays
                 td.set(key, inputs.get(key))
         return td
 

@@ -51,6 +51,7 @@ class Run:
     def __init__(self, model: HookedModel, inputs: TensorDictBase) -> None:
         self._model: HookedModel | None = model
         self._inputs: TensorDictBase | None = inputs
+        self._batch = tuple(inputs.batch_size) if isinstance(inputs, TensorDictBase) else ()
         self._taps: dict[tuple[str, str], list[Tap]] = {}  # (module path, "output" or "input") -> taps
         self._proxies: list[Proxy | Proxies] = []
         self._set: list[tuple[Selector, list[Setter]]] = []
@@ -170,10 +171,11 @@ class Run:
 
     def _read(self, path: Selector, kind: type[Proxy], what: str, place: str, how: tuple[Call, Keep]) -> Any:
         call, keep = how
+        batch = self._batch
         self._keeps_graph |= not keep.detach and kind is Proxy
 
         def make(site: Site) -> Proxy:
-            return kind(site, what, call, keep=keep)
+            return kind(site, what, call, batch, keep=keep)
 
         proxy = Proxies(path, make) if is_pattern(path) else make(parse(str(path)))
         for name in self._open.paths(path):
@@ -185,7 +187,7 @@ class Run:
     def _write(
         self, path: Selector, kind: type[Setter], what: tuple[str, str], value: Any, call: Call, **more: Any
     ) -> None:
-        setters = setters_at(self._open, path, value, kind=kind, what=what[0], call=call, **more)
+        setters = setters_at(self._open, path, value, kind=kind, what=what[0], call=call, batch=self._batch, **more)
         for setter in setters:
             self._taps.setdefault((setter.site.module, what[1]), []).append(setter)
         self._set.append((path, setters))

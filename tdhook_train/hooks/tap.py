@@ -67,6 +67,7 @@ class _Counted:
     site: Site
     what: str = "output"  # "output", "input" or "gradient"
     call: Call = 0
+    batch: tuple[int, ...] = ()  # size of the pass's batch
     calls: int = 0
 
     def takes(self) -> bool:
@@ -87,7 +88,7 @@ class Proxy(_Counted):
     keep: Keep = field(default_factory=Keep)
     feeds: bool = False  # whether something later in the pass takes the value, graph and all
     done: bool = False
-    found: list[Tensor] = field(default_factory=list)
+    found: list[Tensor] = field(default_factory=list, repr=False)
     live: list[Tensor] = field(default_factory=list)  # values with their graph, dropped when the pass ends
 
     def resolve(self) -> Any:
@@ -115,7 +116,7 @@ class Proxy(_Counted):
         if not self.takes():
             return value
         tensor = pick(value, self.site)
-        members = Members.of(tensor)
+        members = Members.of(tensor, self.batch)
         seen = members.seen(members.raw)
         if self.feeds:
             self.live.append(Keep(self.keep.to, self.keep.reduce, detach=False).of(seen, self.where))
@@ -154,8 +155,7 @@ class Setter(_Counted):
         value = self._given(before)
         if not isinstance(value, Tensor):
             raise SetterError(f"setting {self.where}: expected a tensor, got {type(value).__name__}")
-        if value is not before:  # a copy: what comes after may work in place, and the value may be somebody's
-            value = self._fitted(value, before).clone()
+        value = self._fitted(value, before)
         self.applied += 1
         return value
 
@@ -164,10 +164,11 @@ class Setter(_Counted):
             return self._of_proxy(self.value)
         if not callable(self.value):
             return self.value
-        version = _version(before)
-        value = self.value(before)
+        mine = before.clone()  # the function may work in place, and the module may have given its own input on
+        version = _version(mine)
+        value = self.value(mine)
         if value is None:
-            how = "changed it in place and returned None" if _version(before) != version else "returned None"
+            how = "changed it in place and returned None" if _version(mine) != version else "returned None"
             raise SetterError(f"setting {self.where}: the function {how}; return the new value")
         return value
 
@@ -182,7 +183,7 @@ class Setter(_Counted):
         return proxy.resolve()
 
     def _fitted(self, value: Tensor, before: Tensor) -> Tensor:
-        members = Members.of(before)
+        members = Members.of(before, self.batch)
         whole = members.seen(members.raw) if members and not Members.of(value) else before
         if value.shape == whole.shape != before.shape:  # all members at once
             value = members.hidden(value)
@@ -194,7 +195,7 @@ class Setter(_Counted):
         ):
             if given != needed:
                 raise SetterError(f"setting {self.where}: {name} {given} was given where the module has {needed}")
-        return value
+        return value.clone()  # what comes after may work in place, and the value may be somebody's
 
     def why_ignored(self) -> str:
         """Say why the value was never used."""
