@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDictBase
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from tdhook_train.errors import ResolveError, TargetError, did_you_mean
 from tdhook_train.hooks.items import pick, put
 from tdhook_train.hooks.members import Members
-from tdhook_train.hooks.tap import Proxy, Setter
+from tdhook_train.hooks.tap import Proxy, Setter, Steps, Turn
 from tdhook_train.keys import dotted, split_key
 
 __all__ = ["GradientProxy", "GradientSetter", "Objective", "differentiate", "proxies_of"]
@@ -32,22 +32,23 @@ class _Node:
     onward: Any  # what the module gives out from here on
 
     @classmethod
-    def at(cls, output: Any, tap: Proxy | Setter) -> _Node:
-        """Find the place of a tap in the graph of the pass.
+    def at(cls, output: Any, tap: Proxy | Setter, steps: Steps) -> _Node:
+        """Make a place for a tap in the graph of the pass: a copy goes on, as a step of its own.
 
-        A copy goes on where the tensor is no step of the graph by itself: where it needs no gradient, is somebody's
-        leaf, or is a view, which an in-place operation after it would take out of the graph.
+        The tensor itself would not do: it may be what went into the module as well, with other readers; it may be
+        somebody's leaf, or need no gradient; and what works in place after it could take it out of the graph.
         """
         tensor = pick(output, tap.site)
+        if id(tensor) in steps:  # of another tap at this place: they see the gradient in the order in which they stand
+            return steps[id(tensor)]
         members = Members.of(tensor, tap.batch)
         raw = members.raw
         if not raw.is_floating_point():
             raise TargetError(f"{tap.where} does not exist: the value is {raw.dtype}")
-        if raw.requires_grad and not raw.is_leaf and not raw._is_view():
-            return cls(raw, members, output)
         value = (raw if raw.requires_grad else raw.detach().requires_grad_()).clone()
-        back = members.hidden(members.seen(value)) if members else value
-        return cls(value, members, put(output, tap.site.items, back))
+        onward = members.hidden(members.seen(value)) if members else value
+        steps[id(onward)] = cls(value, members, put(output, tap.site.items, onward))
+        return steps[id(onward)]
 
     def watch(self, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Call ``function`` with each gradient that comes back here, members first; what it returns goes on."""
@@ -75,6 +76,8 @@ class _Watch:
 class GradientProxy(Proxy):
     """The gradient of what is differentiated with respect to a value; several targets are stacked in front."""
 
+    turn: ClassVar[Turn] = Turn.DIFFERENTIATE
+
     watches: list[_Watch] = field(default_factory=list)
     targets: list[list[Tensor]] = field(default_factory=list)  # target -> call -> gradient
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -82,11 +85,11 @@ class GradientProxy(Proxy):
     def _why_absent(self) -> str:
         return " was never asked for: call run.backward(...)" if self.calls else super()._why_absent()
 
-    def meets(self, value: Any) -> Any:
+    def meets(self, value: Any, steps: Steps) -> Any:
         """Watch the gradient of this call."""
         if not self.takes() or not torch.is_grad_enabled():
             return value
-        node = _Node.at(value, self)
+        node = _Node.at(value, self, steps)
         shape, members = node.value.detach(), node.members
         like = members.seen(shape.new_empty(()).expand(shape.shape))  # a shape without memory
         watch = _Watch(get_gradient_edge(node.value), lambda: self.keep.of(torch.zeros_like(like), self.where))
@@ -117,13 +120,15 @@ class GradientProxy(Proxy):
 class GradientSetter(Setter):
     """A pending change of a gradient on its way back."""
 
+    turn: ClassVar[Turn] = Turn.DIFFERENTIATE
+
     handles: list[RemovableHandle] = field(default_factory=list)
 
-    def meets(self, value: Any) -> Any:
+    def meets(self, value: Any, steps: Steps) -> Any:
         """Bend the gradient of this call."""
         if not self.takes() or not torch.is_grad_enabled():
             return value
-        node = _Node.at(value, self)
+        node = _Node.at(value, self, steps)
         self.handles.append(node.watch(self.changed))
         return node.onward
 

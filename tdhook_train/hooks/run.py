@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from tdhook_train.hooks.arguments import Arguments
 from tdhook_train.hooks.gradients import GradientProxy, GradientSetter, Objective, differentiate, proxies_of
 from tdhook_train.hooks.paths import Selector, Site, is_pattern, module_at, parse, shown
 from tdhook_train.hooks.several import Proxies
-from tdhook_train.hooks.tap import Call, Keep, Proxy, Setter, Stop, Stopped, Tap, Where
+from tdhook_train.hooks.tap import Call, Keep, Proxy, Setter, Steps, Stop, Stopped, Tap, Turn, Where
 from tdhook_train.hooks.trace import eager
 from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng
 
@@ -177,7 +178,7 @@ class Run:
         def make(site: Site) -> Proxy:
             return kind(site, what, call, batch, keep=keep)
 
-        proxy = Proxies(path, make) if is_pattern(path) else make(parse(str(path)))
+        proxy = Proxies(path, make, kind.turn) if is_pattern(path) else make(parse(str(path)))
         for name in self._open.paths(path):
             tap = proxy if isinstance(proxy, Proxy) else proxy.at(name)
             self._taps.setdefault((name, place), []).append(tap)
@@ -259,12 +260,22 @@ def _outside(output: TensorDictBase) -> TensorDictBase:
 
 
 def _place(undo: Undo, model: HookedModel, path: str, place: str, taps: list[Tap]) -> None:
-    module = module_at(model.module, path)
+    module, taps = module_at(model.module, path), _in_order(taps)
     if place == "input":
         undo.hook(module.register_forward_pre_hook(partial(_into, taps), with_kwargs=True))
     else:
-        last = sorted(taps, key=lambda tap: isinstance(tap, Stop))  # what is read where the pass stops is read before
-        undo.hook(module.register_forward_hook(lambda _module, _args, output: through(last, output)))
+        undo.hook(module.register_forward_hook(lambda _module, _args, output: through(taps, output)))
+
+
+def _in_order(taps: list[Tap]) -> list[Tap]:
+    """Keep the order in which taps were written, but for two things that it does not say.
+
+    A value that is both read and differentiated is differentiated first, so that what is done with the reading counts
+    towards its gradient; and what is read where the pass stops is read before it does.
+    """
+    versions = accumulate(tap.turn == Turn.SET for tap in taps)
+    rows = [((tap.turn == Turn.STOP, version, tap.turn), tap) for version, tap in zip(versions, taps, strict=True)]
+    return [tap for _, tap in sorted(rows, key=lambda row: row[0])]
 
 
 def _into(taps: list[Tap], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -282,9 +293,9 @@ def setters_at(
 
 def through(taps: list[Tap], value: Any) -> Any:
     """Pass a module's value through its taps in order; return the new value, or None where nothing was set."""
-    onward = value
+    onward, steps = value, Steps()
     for tap in taps:
-        onward = tap.meets(onward)
+        onward = tap.meets(onward, steps)
     return None if onward is value else onward
 
 

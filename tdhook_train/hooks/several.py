@@ -13,7 +13,7 @@ from tdhook_train.errors import ResolveError
 from tdhook_train.hooks.arguments import Arguments
 from tdhook_train.hooks.items import floating_items
 from tdhook_train.hooks.paths import Selector, Site, parse, shown
-from tdhook_train.hooks.tap import Proxy
+from tdhook_train.hooks.tap import Proxy, Steps, Turn
 
 __all__ = ["Proxies"]
 
@@ -24,6 +24,7 @@ class Proxies:
 
     selector: Selector
     make: Callable[[Site], Proxy]
+    turn: Turn
     found: dict[str, Proxy] = field(default_factory=dict)
     done: bool = False
 
@@ -59,12 +60,16 @@ class _Member:
     all: Proxies
     path: str
 
-    def meets(self, value: Any) -> Any:
+    @property
+    def turn(self) -> Turn:
+        return self.all.turn
+
+    def meets(self, value: Any, steps: Steps) -> Any:
         for items in self._items(value):
             site = Site(self.path, items)
             if str(site) not in self.all.found:
                 self.all.found[str(site)] = self.all.make(site)
-            value = self.all.found[str(site)].meets(value)
+            value = self.all.found[str(site)].meets(value, steps)
         return value
 
     def _items(self, value: Any) -> list[tuple[int | str, ...]]:

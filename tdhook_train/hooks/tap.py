@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from enum import IntEnum
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,17 +15,33 @@ from tdhook_train.hooks.items import pick, put
 from tdhook_train.hooks.members import Members
 from tdhook_train.hooks.paths import Site
 
-__all__ = ["Call", "Keep", "Proxy", "Setter", "Stop", "Stopped", "Tap", "Value", "Where"]
+__all__ = ["Call", "Keep", "Proxy", "Setter", "Steps", "Stop", "Stopped", "Tap", "Turn", "Value", "Where"]
 
 Call = int | Literal["all"]
 Where = torch.device | torch.dtype | str
 Value = "Tensor | Proxy | Callable[[Tensor], Tensor]"
 
 
+Steps = dict[int, Any]  # what the taps of one call of a module have put into the graph, by id of the tensor there
+
+
+class Turn(IntEnum):
+    """The order of taps at one value, which a setting begins anew."""
+
+    SET = 0
+    DIFFERENTIATE = 1
+    READ = 2
+    STOP = 3
+
+
 class Tap(Protocol):
     """Something that meets what a module gives out (or takes in) on its way."""
 
-    def meets(self, value: Any) -> Any:
+    @property
+    def turn(self) -> Turn:
+        """Its place among the taps of one value."""
+
+    def meets(self, value: Any, steps: Steps) -> Any:
         """Return what goes on: the very same object where nothing was changed."""
 
 
@@ -63,6 +80,8 @@ class Keep:
 @dataclass
 class _Counted:
     """A tap at one of its module's calls, or at all of them."""
+
+    turn: ClassVar[Turn] = Turn.READ
 
     site: Site
     what: str = "output"  # "output", "input" or "gradient"
@@ -111,7 +130,7 @@ class Proxy(_Counted):
         ran = f"ran {self.calls} time(s)" if self.calls else "never ran in this pass"
         return f", call {self.call}: its module {ran}"
 
-    def meets(self, value: Any) -> Any:
+    def meets(self, value: Any, steps: Steps) -> Any:  # noqa: ARG002 - those of gradients use them
         """Keep the value; where its graph is kept too, what goes on is a copy that nothing later can write to."""
         if not self.takes():
             return value
@@ -137,11 +156,13 @@ class Proxy(_Counted):
 class Setter(_Counted):
     """A pending change of one site's value."""
 
+    turn: ClassVar[Turn] = Turn.SET
+
     value: Any = None
     copies: int | None = None
     applied: int = 0
 
-    def meets(self, value: Any) -> Any:
+    def meets(self, value: Any, steps: Steps) -> Any:  # noqa: ARG002 - those of gradients use them
         """Put the new value in the old one's place."""
         return put(value, self.site.items, self.changed(pick(value, self.site))) if self.takes() else value
 
@@ -212,7 +233,9 @@ class Stopped(BaseException):  # a model that catches every Exception must not c
 class Stop(_Counted):
     """The end of the pass."""
 
-    def meets(self, value: Any) -> Any:
+    turn = Turn.STOP
+
+    def meets(self, value: Any, steps: Steps) -> Any:  # noqa: ARG002 - those of gradients use them
         """End the pass here, at the call that was asked for."""
         if self.takes():
             raise Stopped
