@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from tdhook_train.errors import ResolveError, TargetError, did_you_mean
 from tdhook_train.hooks.items import pick, put
 from tdhook_train.hooks.members import Members
-from tdhook_train.hooks.tap import Proxy, Setter, Steps, Turn
+from tdhook_train.hooks.tap import Proxy, Setter, Steps, Turn, in_graph
 from tdhook_train.keys import dotted, split_key
 
 __all__ = ["GradientProxy", "GradientSetter", "Objective", "differentiate", "proxies_of"]
@@ -45,7 +45,7 @@ class _Node:
         raw = members.raw
         if not raw.is_floating_point():
             raise TargetError(f"{tap.where} does not exist: the value is {raw.dtype}")
-        value = (raw if raw.requires_grad else raw.detach().requires_grad_()).clone()
+        value = in_graph(raw)
         onward = members.hidden(members.seen(value)) if members else value
         steps[id(onward)] = cls(value, members, put(output, tap.site.items, onward))
         return steps[id(onward)]

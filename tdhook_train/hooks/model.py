@@ -58,6 +58,7 @@ class HookedModel:
         name: str = "",
     ) -> None:
         self.module, self._call = unwrapped(model)
+        self._given = model
         self.name = name
         self._speaks_tensordict = isinstance(self.module, TensorDictModuleBase)
         own: tuple[Any, Any] = (["input"], ["output"])
@@ -141,7 +142,7 @@ class HookedModel:
         ran: list[None] = []
         with Undo() as undo:
             if edits:
-                undo.enter_context(eager(self.module))
+                undo.enter_context(eager(self._given))
                 undo.hook(self.module.register_forward_pre_hook(lambda *_: ran.append(None)))
             for setter in (setter for setters in placed.values() for setter in setters):
                 module = module_at(self.module, setter.site.module)

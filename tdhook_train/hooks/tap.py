@@ -15,14 +15,23 @@ from tdhook_train.hooks.items import pick, put
 from tdhook_train.hooks.members import Members
 from tdhook_train.hooks.paths import Site
 
-__all__ = ["Call", "Keep", "Proxy", "Setter", "Steps", "Stop", "Stopped", "Tap", "Turn", "Value", "Where"]
+__all__ = ["Call", "Keep", "Proxy", "Setter", "Steps", "Stop", "Stopped", "Tap", "Turn", "Value", "Where", "in_graph"]
 
 Call = int | Literal["all"]
 Where = torch.device | torch.dtype | str
 Value = "Tensor | Proxy | Callable[[Tensor], Tensor]"
 
 
+with torch.inference_mode(False):
+    _ROOT = torch.zeros((), requires_grad=True)  # where the graph of a frozen pass begins
+
 Steps = dict[int, Any]  # what the taps of one call of a module have put into the graph, by id of the tensor there
+
+
+def in_graph(tensor: Tensor) -> Tensor:
+    """Copy a floating tensor as a step of the graph, which begins here where nothing before it needs a gradient."""
+    # not requires_grad_(), which vmap refuses; adding the root promotes no dtype and crosses devices, since it is 0-dim
+    return tensor.clone() if tensor.requires_grad else tensor.detach() + _ROOT
 
 
 class Turn(IntEnum):
@@ -142,7 +151,7 @@ class Proxy(_Counted):
         if self.keep.detach or not tensor.is_floating_point():
             self.found.append(self.keep.of(seen, self.where))
             return value
-        root = seen.clone() if seen.requires_grad else seen.detach().clone().requires_grad_()
+        root = in_graph(seen)
         self.found.append(root if self.keep == Keep(detach=False) else self.keep.of(root, self.where))
         return put(value, self.site.items, members.hidden(root.clone()))
 
