@@ -11,7 +11,7 @@ ENV = InvertedDoublePendulum-v5
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint clean
+.PHONY: help demo test test-all peers bench lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ test: lint ## linters, then the tests that take seconds
 test-all: lint ## linters, then every test, slow ones too
 	$(BIN)/pytest -m ''
 
+peers: .venv-peers/.stamp ## the tests that compare with other libraries, those of peers.txt
+	.venv-peers/bin/python -m pytest tests/hooks tests/methods -k 'peers or captum'
+
 bench: .venv/.stamp ## every script of bench/ in turn
 	@set -e; for script in bench/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
@@ -34,8 +37,8 @@ lint: .venv/.stamp ## ruff, mypy and the import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-clean: ## remove .venv, builds and caches; runs/ stays
-	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove .venv, .venv-peers, builds and caches; runs/ stays
+	rm -rf .venv .venv-peers build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Asked of the interpreter itself: a pyenv shim is found on PATH even where no version stands behind it.
@@ -52,3 +55,14 @@ clean: ## remove .venv, builds and caches; runs/ stays
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 	@echo "Environment ready: .venv"
+
+# The packages of .venv are lent, not copied: the .pth file has them found after those installed here.
+.venv-peers/.stamp: peers.txt .venv/.stamp
+	@echo "Making .venv-peers ..."
+	@$(BIN)/python -m venv --clear --without-pip .venv-peers
+	@lent=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	    own=$$(.venv-peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	    echo "import site; site.addsitedir('$$lent')" > "$$own/lent.pth"
+	@$(BIN)/python -m pip --python .venv-peers/bin/python install -qq --disable-pip-version-check --no-deps -r peers.txt
+	@touch $@
+	@echo "Environment ready: .venv-peers"
