@@ -67,15 +67,15 @@ def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     before = [
         (module, dict(module._buffers), {k: v.detach().clone() for k, v in module._buffers.items() if v is not None})
         for module in modules
-        if module._buffers
     ]
     try:
         yield
     finally:
         with torch.no_grad():
             for module, buffers, copies in before:
-                module._buffers.clear()
-                module._buffers.update(buffers)  # a module may have put another tensor there
+                if module._buffers or buffers:
+                    module._buffers.clear()
+                    module._buffers.update(buffers)  # a module may have put another tensor there, or one more
                 for name, value in copies.items():
                     buffer = cast(Tensor, buffers[name])
                     if not torch.equal(buffer, value):  # not by version: batch norm does not count what it writes

@@ -1,10 +1,13 @@
 """The guard: a live module is found as it was, whatever was done to it in between."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from tdhook_train.isolation import in_place, isolated
+from tdhook_train.undo import devices_of
 
 
 class Counter(nn.Module):
@@ -112,3 +115,76 @@ def test_a_live_view_is_the_module_itself_under_the_guard():
     with view.open(seed=0), torch.enable_grad():
         disturb(model)
     assert everything(model) == before
+
+
+class Careless(nn.Module):
+    """Makes a buffer in its first call, writes to it in the others."""
+
+    def forward(self, x):
+        if "seen" in self._buffers:
+            self.seen.add_(1)
+        else:
+            self.register_buffer("seen", torch.ones(()))
+        return x
+
+
+def test_buffers_that_were_not_there_and_frozen_weights_are_found_as_before():
+    model = nn.Sequential(nn.Linear(3, 3), Careless())
+    model[0].weight.requires_grad_(False)
+    with in_place(model, seed=0):
+        model(torch.randn(2, 3))
+        model(torch.randn(2, 3))
+        model.requires_grad_(True)
+        model[0].bias.requires_grad_(False)
+    assert not list(model.buffers())
+    assert [p.requires_grad for p in model.parameters()] == [False, True]
+    model(torch.randn(2, 3))
+    buffer = model[1].seen
+    with in_place(model, seed=0):
+        model(torch.randn(2, 3))
+        assert model[1].seen == 2
+    assert model[1].seen is buffer
+    assert buffer == 1
+
+
+def test_the_random_state_of_a_device_that_holds_buffers_alone_is_kept(monkeypatch):
+    asked = []
+
+    class Backend:
+        def get_rng_state(self, device):
+            asked.append(("get", str(device)))
+            return "state"
+
+        def set_rng_state(self, state, device):
+            asked.append(("set", str(device), state))
+
+        def manual_seed(self, seed):
+            asked.append(("seed", seed))
+
+    model = nn.Module()
+    model.register_buffer("where", torch.zeros(1))
+    guard = sys.modules[in_place.__module__]  # the name of the module is that of the function in it
+    monkeypatch.setattr(guard, "devices_of", lambda modules: {torch.device("cuda", 1)})
+    monkeypatch.setattr("torch.get_device_module", lambda device: Backend())
+    with in_place(model, seed=7):
+        pass
+    assert asked == [("get", "cuda:1"), ("seed", 7), ("set", "cuda:1", "state")]
+
+
+def test_devices_in_use_are_those_of_parameters_and_of_buffers():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    assert devices_of([model]) == set()
+    tensors = [torch.empty(0, device="meta"), FakeCuda()]
+
+    class Holds(nn.Module):
+        def parameters(self, recurse=True):
+            return iter(tensors[:1])
+
+        def buffers(self, recurse=True):
+            return iter(tensors[1:])
+
+    assert devices_of([Holds()]) == {torch.device("cuda", 0)}
+
+
+class FakeCuda:
+    device = torch.device("cuda", 0)

@@ -1,0 +1,97 @@
+"""Saliency is the gradient, for every target, with the sign that was asked for."""
+
+import pytest
+import torch
+from method_cases import measured, mlp
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torch.testing import assert_close
+
+from tdhook_train.attribution import Saliency
+from tdhook_train.errors import KeyMissingError, SettingsError, TargetError
+
+
+def td_of(**values):
+    return TensorDict(values, [len(next(iter(values.values())))])
+
+
+def jacobian(model, x):
+    """Every output of every row with respect to that row, ``[row, output, input]``, by torch's own forward mode."""
+    return torch.func.vmap(torch.func.jacfwd(model))(x).detach()
+
+
+def test_every_output_by_default_equals_the_jacobian():
+    model, x = mlp(3, 8, 4), torch.randn(6, 3)
+    assert_close(measured(Saliency(), model, td_of(input=x))["attr", "input"], jacobian(model, x))
+
+
+@pytest.mark.parametrize(("score", "change"), [("absolute", torch.abs), ("squared", torch.square)])
+def test_absolute_and_squared(score, change):
+    model, x = mlp(3, 8, 4), torch.randn(6, 3)
+    found = measured(Saliency(score=score, targets=("output", 2)), model, td_of(input=x))["attr", "input"]
+    assert_close(found, change(jacobian(model, x)[:, 2]))
+
+
+def test_one_target_alone_has_no_dimension_of_its_own_and_a_mapping_names_them():
+    model, x = mlp(3, 8, 4), torch.randn(6, 3)
+    targets = {"first": ("output", 0), "gap": lambda out: out["output"][:, 1] - out["output"][:, 0]}
+    found = measured(Saliency(targets=targets), model, td_of(input=x))["attr", "input"]
+    expected = jacobian(model, x)
+    assert_close(found, torch.stack([expected[:, 0], expected[:, 1] - expected[:, 0]], 1))
+    assert measured(Saliency(targets=("output", 1)), model, td_of(input=x))["attr", "input"].shape == (6, 3)
+
+
+def test_several_inputs_one_of_them_an_index_and_nested_keys():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(5, 3)
+
+        def forward(self, x, index):
+            return (x * self.table(index)).sum(-1)
+
+    net, x, index = Looks(), torch.randn(6, 3), torch.arange(6) % 5
+    model = TensorDictModule(net, [("agent", "x"), ("agent", "index")], [("agent", "q")])
+    td = TensorDict({"agent": TensorDict({"x": x, "index": index}, [6])}, [6])
+    out = measured(Saliency(targets=("agent", "q")), model, td)
+    assert_close(out["attr", "agent", "x"], net.table(index).detach())
+    assert ("attr", "agent", "index") not in out.keys(True)
+    with pytest.raises(KeyMissingError, match="Saliency needs a floating-point input"):
+        measured(Saliency(), net.table, td_of(input=index))
+
+
+def test_images_keep_their_shape_and_rows_are_spread_evenly():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 2))
+    x = torch.randn(9, 2, 4, 4)
+    found = measured(Saliency(rows=3), model, td_of(input=x))
+    every = measured(Saliency(), model, td_of(input=x))
+    assert found["attr", "input"].shape == (3, 2, 2, 4, 4)
+    assert_close(found["attr", "input"], every["attr", "input"][[0, 3, 6]])
+
+
+def test_tdhooks_own_form_of_targets():
+    model, x = mlp(3, 8, 4), torch.randn(6, 3)
+
+    def init_attr_targets(targets, inputs):
+        assert torch.equal(inputs["input"], x)
+        return TensorDict(out=targets["output"][..., 1:3], batch_size=targets.batch_size)
+
+    found = measured(Saliency(init_attr_targets=init_attr_targets), model, td_of(input=x))["attr", "input"]
+    assert_close(found, jacobian(model, x)[:, 1:3].sum(1))
+    with pytest.raises(SettingsError, match="Saliency takes targets or init_attr_targets, not both"):
+        Saliency(targets="output", init_attr_targets=init_attr_targets)
+
+
+def test_a_target_of_several_features_is_refused():
+    with pytest.raises(TargetError, match="target 'output' has 4 features; explain one, or give a list"):
+        measured(Saliency(targets="output"), mlp(3, 8, 4), td_of(input=torch.randn(6, 3)))
+
+
+@pytest.mark.parametrize("score", ["signed", "absolute"])
+def test_the_values_of_captum(score):
+    captum = pytest.importorskip("captum.attr", reason="captum is a peer: `make peers` installs it")
+    model, x = mlp(3, 8, 4), torch.randn(6, 3)
+    found = measured(Saliency(score=score, targets=("output", 2)), model, td_of(input=x))["attr", "input"]
+    expected = captum.Saliency(model).attribute(x.clone().requires_grad_(), target=2, abs=score == "absolute")
+    assert_close(found, expected)
