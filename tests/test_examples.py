@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +20,27 @@ def test_examples_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_LINES
 
 
-def test_ppo_live_probing(tmp_path: Path) -> None:
-    (path,) = [path for path in EXAMPLES if path.stem == "ppo_live_probing"]
-    done = subprocess.run(
-        [sys.executable, str(path), "2048", str(tmp_path / "run")], capture_output=True, text=True, check=False
-    )
+def ran(name: str, *args: str) -> list[str]:
+    (path,) = [path for path in EXAMPLES if path.stem == name]
+    done = subprocess.run([sys.executable, str(path), *args], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    report = Path(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()
+
+
+def test_inside_a_model() -> None:
+    logits = {
+        line.split(":")[0].strip(): json.loads(line.split(":", 1)[1])
+        for line in ran("inside_a_model")
+        if line.startswith(("logits", "and afterwards"))
+    }
+    agree, patched, steered, after = logits.values()
+    assert min(agree) > 0 > max(after)
+    assert patched == agree  # nothing but the layer that was patched reaches the output
+    assert min(steered) > 0
+
+
+def test_ppo_live_probing(tmp_path: Path) -> None:
+    report = Path(ran("ppo_live_probing", "2048", str(tmp_path / "run"))[-1])
     assert report.is_file()
     buffer = ArtifactBuffer.open(tmp_path / "run")
     assert buffer["probe"].steps.tolist() == [0, 100, 200, 300, 320]
