@@ -28,6 +28,8 @@ class Members:
     @classmethod
     def of(cls, tensor: Tensor, batch: tuple[int, ...] = ()) -> Members:
         """Look behind a tensor of a pass over a batch of this size."""
+        if not _functorch.is_batchedtensor(tensor):
+            return cls((), (), 0, tensor)
         lead = len(batch) if tuple(tensor.shape[: len(batch)]) == tuple(batch) else 0
         levels: list[int] = []
         dims: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tdhook_train.errors import KeyMissingError, PathError, SettingsError, did_you_mean
 from tdhook_train.hooks.items import tensor_items
 from tdhook_train.hooks.paths import Selection, Selector, chooser, is_pattern, module_at, parse, selectors, shown, walk
-from tdhook_train.hooks.run import Run, refuse_ignored, setters_at, through
+from tdhook_train.hooks.place import place, refuse_ignored, setters_at
+from tdhook_train.hooks.run import Run
 from tdhook_train.hooks.trace import TracedSite, eager, select, trace
 from tdhook_train.hooks.unwrap import unwrapped
 from tdhook_train.keys import dotted, path_of
@@ -101,7 +102,7 @@ class HookedModel:
         td = inputs.copy() if batched else _unbatched(inputs.copy())
         given = {key: _lent(inputs.get(key)) for key in self.in_keys}
         td.update(given)
-        with _differentiable_recurrence(self.module):
+        with _layer_by_layer(self.module):
             if self._speaks_tensordict:
                 td = self._call(td)
             else:
@@ -145,8 +146,7 @@ class HookedModel:
                 undo.enter_context(eager(self._given))
                 undo.hook(self.module.register_forward_pre_hook(lambda *_: ran.append(None)))
             for setter in (setter for setters in placed.values() for setter in setters):
-                module = module_at(self.module, setter.site.module)
-                undo.hook(module.register_forward_hook(lambda _m, _a, output, tap=setter: through([tap], output)))
+                place(undo, self.module_of(setter.site.module), "output", [setter])
             yield
         for selector, setters in placed.items():
             if ran:
@@ -256,7 +256,22 @@ def _lent(value: Any) -> Any:
         return value.clone()
 
 
-def _differentiable_recurrence(model: nn.Module) -> AbstractContextManager[Any]:
-    """Leave cuDNN out where its recurrent layers would refuse a backward pass in evaluation mode."""
-    recurrent = torch.is_grad_enabled() and any(isinstance(part, nn.RNNBase) for part in model.modules())
-    return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+@contextmanager
+def _layer_by_layer(model: nn.Module) -> Iterator[None]:
+    """Leave out the fused kernels that do not take hooks or gradients.
+
+    torch's attention layers have a fast path for evaluation that passes their inner modules by, and gives padded
+    positions other values; cuDNN's recurrent layers refuse a backward pass in evaluation mode.
+    """
+    attends = torch.backends.mha.get_fastpath_enabled() and any(
+        isinstance(part, (nn.MultiheadAttention, nn.TransformerEncoder)) for part in model.modules()
+    )
+    recurs = torch.is_grad_enabled() and any(isinstance(part, nn.RNNBase) for part in model.modules())
+    with torch.backends.cudnn.flags(enabled=False) if recurs else nullcontext():
+        try:
+            if attends:
+                torch.backends.mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            if attends:
+                torch.backends.mha.set_fastpath_enabled(True)

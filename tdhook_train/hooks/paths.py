@@ -146,4 +146,5 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 def _behind(module: nn.Module) -> nn.Module:
     """Look through the wrapper that torch.compile puts around a module."""
-    return module._modules[_COMPILED] if _COMPILED in module._modules else module  # type: ignore[return-value]
+    inner = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get(_COMPILED)
+    return module if inner is None else inner

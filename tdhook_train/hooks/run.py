@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from itertools import accumulate
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 
-from tdhook_train.errors import PathError, ResolveError, SetterError
-from tdhook_train.hooks.arguments import Arguments
+from tdhook_train.errors import PathError, ResolveError
 from tdhook_train.hooks.gradients import GradientProxy, GradientSetter, Objective, differentiate, proxies_of
 from tdhook_train.hooks.paths import Selector, Site, is_pattern, module_at, parse, shown
+from tdhook_train.hooks.place import place, refuse_ignored, setters_at
 from tdhook_train.hooks.several import Proxies
-from tdhook_train.hooks.tap import Call, Keep, Proxy, Setter, Steps, Stop, Stopped, Tap, Turn, Where
+from tdhook_train.hooks.tap import Call, Keep, Proxy, Setter, Stop, Stopped, Tap, Where
 from tdhook_train.hooks.trace import eager
 from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng
 
 if TYPE_CHECKING:
     from tdhook_train.hooks.model import HookedModel
 
-__all__ = ["Run", "refuse_ignored", "setters_at", "through"]
+__all__ = ["Run"]
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -170,7 +168,7 @@ class Run:
             raise ResolveError("this pass is over; describe another: with hooked.run(td) as run")
         return self._model
 
-    def _read(self, path: Selector, kind: type[Proxy], what: str, place: str, how: tuple[Call, Keep]) -> Any:
+    def _read(self, path: Selector, kind: type[Proxy], what: str, where: str, how: tuple[Call, Keep]) -> Any:
         call, keep = how
         batch = self._batch
         self._keeps_graph |= not keep.detach and kind is Proxy
@@ -181,7 +179,7 @@ class Run:
         proxy = Proxies(path, make, kind.turn) if is_pattern(path) else make(parse(str(path)))
         for name in self._open.paths(path):
             tap = proxy if isinstance(proxy, Proxy) else proxy.at(name)
-            self._taps.setdefault((name, place), []).append(tap)
+            self._taps.setdefault((name, where), []).append(tap)
         self._proxies.append(proxy)
         return proxy
 
@@ -218,8 +216,8 @@ class Run:
         if graph:
             self._mark_what_feeds()
         with _untouched(model, graph=graph) as undo:
-            for (path, place), taps in self._taps.items():
-                _place(undo, model, path, place, taps)
+            for (path, where), taps in self._taps.items():
+                place(undo, module_at(model.module, path), where, taps)
             batched = not any(setter.copies for _, setters in self._set for setter in setters)
             try:
                 output = model.forward(self._inputs, batched=batched)
@@ -257,56 +255,3 @@ def _outside(output: TensorDictBase) -> TensorDictBase:
         return output.detach()
     with torch.inference_mode(False):
         return output.apply(lambda value: value.clone() if value.is_inference() else value)
-
-
-def _place(undo: Undo, model: HookedModel, path: str, place: str, taps: list[Tap]) -> None:
-    module, taps = module_at(model.module, path), _in_order(taps)
-    if place == "input":
-        undo.hook(module.register_forward_pre_hook(partial(_into, taps), with_kwargs=True))
-    else:
-        undo.hook(module.register_forward_hook(lambda _module, _args, output: through(taps, output)))
-
-
-def _in_order(taps: list[Tap]) -> list[Tap]:
-    """Keep the order in which taps were written, but for two things that it does not say.
-
-    A value that is both read and differentiated is differentiated first, so that what is done with the reading counts
-    towards its gradient; and what is read where the pass stops is read before it does.
-    """
-    versions = accumulate(tap.turn == Turn.SET for tap in taps)
-    rows = [((tap.turn == Turn.STOP, version, tap.turn), tap) for version, tap in zip(versions, taps, strict=True)]
-    return [tap for _, tap in sorted(rows, key=lambda row: row[0])]
-
-
-def _into(taps: list[Tap], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given: Arguments | None = through(taps, Arguments(module, args, kwargs))
-    return given and (given.args, given.kwargs)
-
-
-def setters_at(
-    model: HookedModel, selector: Selector, value: Any, *, kind: type[Setter] = Setter, **how: Any
-) -> list[Setter]:
-    """Return a setter for each module that a selector names."""
-    items = parse(selector).items if isinstance(selector, str) else ()
-    return [kind(Site(path, items), value=value, **how) for path in model.paths(selector)]
-
-
-def through(taps: list[Tap], value: Any) -> Any:
-    """Pass a module's value through its taps in order; return the new value, or None where nothing was set."""
-    onward, steps = value, Steps()
-    for tap in taps:
-        onward = tap.meets(onward, steps)
-    return None if onward is value else onward
-
-
-def refuse_ignored(selector: Selector, setters: list[Setter]) -> None:
-    """Raise where a setting was never used.
-
-    Raises:
-        SetterError: says why; of the modules that a pattern names, one at least must have run.
-    """
-    if any(setter.applied for setter in setters):
-        return
-    first = setters[0]
-    why = first.why_ignored() if len(setters) == 1 else f"none of the {len(setters)} modules it names did"
-    raise SetterError(f"the {first.what} set at {shown(selector)} was never used: {why}")

@@ -1,0 +1,75 @@
+"""Taps on modules: in which order they stand, how a value passes them, and what they must have done in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tdhook_train.errors import SetterError
+from tdhook_train.hooks.arguments import Arguments
+from tdhook_train.hooks.paths import Selector, Site, parse, shown
+from tdhook_train.hooks.tap import Setter, Steps, Tap, Turn
+from tdhook_train.undo import Undo
+
+if TYPE_CHECKING:
+    from tdhook_train.hooks.model import HookedModel
+
+__all__ = ["place", "refuse_ignored", "setters_at"]
+
+
+def place(undo: Undo, module: nn.Module, where: str, taps: Sequence[Tap]) -> None:
+    """Hook a module: its taps meet what it gives out, or takes in where ``where`` is ``"input"``."""
+    taps = _in_order(taps)
+    if where == "input":
+        undo.hook(module.register_forward_pre_hook(partial(_into, taps), with_kwargs=True))
+    else:
+        undo.hook(module.register_forward_hook(lambda _module, _args, output: _through(taps, output)))
+
+
+def _in_order(taps: Sequence[Tap]) -> list[Tap]:
+    """Keep the order in which taps were written, but for two things that it does not say.
+
+    A value that is both read and differentiated is differentiated first, so that what is done with the reading counts
+    towards its gradient; and what is read where the pass stops is read before it does.
+    """
+    versions = accumulate(tap.turn == Turn.SET for tap in taps)
+    rows = [((tap.turn == Turn.STOP, version, tap.turn), tap) for version, tap in zip(versions, taps, strict=True)]
+    return [tap for _, tap in sorted(rows, key=lambda row: row[0])]
+
+
+def _into(taps: list[Tap], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given: Arguments | None = _through(taps, Arguments(module, args, kwargs))
+    return given and (given.args, given.kwargs)
+
+
+def setters_at(
+    model: HookedModel, selector: Selector, value: Any, *, kind: type[Setter] = Setter, **how: Any
+) -> list[Setter]:
+    """Return a setter for each module that a selector names."""
+    items = parse(selector).items if isinstance(selector, str) else ()
+    return [kind(Site(path, items), value=value, **how) for path in model.paths(selector)]
+
+
+def _through(taps: list[Tap], value: Any) -> Any:
+    """Pass a module's value through its taps in order; return the new value, or None where nothing was set."""
+    onward, steps = value, Steps()
+    for tap in taps:
+        onward = tap.meets(onward, steps)
+    return None if onward is value else onward
+
+
+def refuse_ignored(selector: Selector, setters: list[Setter]) -> None:
+    """Raise where a setting was never used.
+
+    Raises:
+        SetterError: says why; of the modules that a pattern names, one at least must have run.
+    """
+    if any(setter.applied for setter in setters):
+        return
+    first = setters[0]
+    why = first.why_ignored() if len(setters) == 1 else f"none of the {len(setters)} modules it names did"
+    raise SetterError(f"the {first.what} set at {shown(selector)} was never used: {why}")
