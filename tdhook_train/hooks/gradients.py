@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +40,7 @@ class _Node:
         """
         tensor = pick(output, tap.site)
         if id(tensor) in steps:  # of another tap at this place: they see the gradient in the order in which they stand
-            return steps[id(tensor)]
+            return replace(steps[id(tensor)], onward=output)
         members = Members.of(tensor, tap.batch)
         raw = members.raw
         if not raw.is_floating_point():

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdhook_train.errors import PathError, ResolveError
 from tdhook_train.hooks.gradients import GradientProxy, GradientSetter, Objective, differentiate, proxies_of
-from tdhook_train.hooks.paths import Selector, Site, is_pattern, module_at, parse, shown
+from tdhook_train.hooks.paths import Selector, Site, is_pattern, parse, shown
 from tdhook_train.hooks.place import place, refuse_ignored, setters_at
 from tdhook_train.hooks.several import Proxies
 from tdhook_train.hooks.tap import Call, Keep, Proxy, Setter, Stop, Stopped, Tap, Where
@@ -51,7 +51,7 @@ class Run:
         self._model: HookedModel | None = model
         self._inputs: TensorDictBase | None = inputs
         self._batch = tuple(inputs.batch_size) if isinstance(inputs, TensorDictBase) else ()
-        self._taps: dict[tuple[str, str], list[Tap]] = {}  # (module path, "output" or "input") -> taps
+        self._taps: dict[tuple[nn.Module, str], list[Tap]] = {}  # (module, "output" or "input") -> taps as written
         self._proxies: list[Proxy | Proxies] = []
         self._set: list[tuple[Selector, list[Setter]]] = []
         self._objective: Objective = None
@@ -140,8 +140,7 @@ class Run:
         if is_pattern(path):
             raise PathError(f"{shown(path)} names many modules; a pass stops at one")
         site = parse(path)
-        module_at(self._open.module, site.module)
-        self._taps.setdefault((site.module, "output"), []).append(Stop(site, call=call))
+        self._add(site.module, "output", Stop(site, call=call))
 
     def backward(self, objective: Objective) -> None:
         """Differentiate; parameters' ``.grad`` is not touched.
@@ -168,6 +167,10 @@ class Run:
             raise ResolveError("this pass is over; describe another: with hooked.run(td) as run")
         return self._model
 
+    def _add(self, path: str, where: str, tap: Tap) -> None:
+        # by module, not by path: a shared module is one place, whichever of its names is used
+        self._taps.setdefault((self._open.module_of(path), where), []).append(tap)
+
     def _read(self, path: Selector, kind: type[Proxy], what: str, where: str, how: tuple[Call, Keep]) -> Any:
         call, keep = how
         batch = self._batch
@@ -179,7 +182,7 @@ class Run:
         proxy = Proxies(path, make, kind.turn) if is_pattern(path) else make(parse(str(path)))
         for name in self._open.paths(path):
             tap = proxy if isinstance(proxy, Proxy) else proxy.at(name)
-            self._taps.setdefault((name, where), []).append(tap)
+            self._add(name, where, tap)
         self._proxies.append(proxy)
         return proxy
 
@@ -188,7 +191,7 @@ class Run:
     ) -> None:
         setters = setters_at(self._open, path, value, kind=kind, what=what[0], call=call, batch=self._batch, **more)
         for setter in setters:
-            self._taps.setdefault((setter.site.module, what[1]), []).append(setter)
+            self._add(setter.site.module, what[1], setter)
         self._set.append((path, setters))
 
     # ------------------------------------------------------------------ doing it
@@ -216,8 +219,8 @@ class Run:
         if graph:
             self._mark_what_feeds()
         with _untouched(model, graph=graph) as undo:
-            for (path, where), taps in self._taps.items():
-                place(undo, module_at(model.module, path), where, taps)
+            for (module, where), taps in self._taps.items():
+                place(undo, module, where, taps)
             batched = not any(setter.copies for _, setters in self._set for setter in setters)
             try:
                 output = model.forward(self._inputs, batched=batched)
