@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -28,7 +28,7 @@ class _Node:
     """Where in the graph a gradient passes, and how the tensor there looks."""
 
     value: Tensor
-    members: Members
+    members: Members | None
     onward: Any  # what the module gives out from here on
 
     @classmethod
@@ -42,22 +42,29 @@ class _Node:
         if id(tensor) in steps:  # of another tap at this place: they see the gradient in the order in which they stand
             return replace(steps[id(tensor)], onward=output)
         members = Members.of(tensor, tap.batch)
-        raw = members.raw
-        if not raw.is_floating_point():
-            raise TargetError(f"{tap.where} does not exist: the value is {raw.dtype}")
-        value = in_graph(raw)
-        onward = members.hidden(members.seen(value)) if members else value
+        if not tensor.is_floating_point():
+            raise TargetError(f"{tap.where} does not exist: the value is {tensor.dtype}")
+        value = in_graph(tensor if members is None else members.raw)
+        onward = value if members is None else members.hidden(members.seen(value))
         steps[id(onward)] = cls(value, members, put(output, tap.site.items, onward))
         return steps[id(onward)]
 
     def watch(self, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Call ``function`` with each gradient that comes back here, members first; what it returns goes on."""
+        members = self.members
+        if members is None:
+            return self.value.register_hook(function)
 
         def hook(gradient: Tensor) -> Tensor | None:
-            changed = function(self.members.seen(gradient))
-            return None if changed is None else self.members.unseen(changed)
+            changed = function(members.seen(gradient))
+            return None if changed is None else members.unseen(changed)
 
         return self.value.register_hook(hook)
+
+    def like(self) -> Tensor:
+        """Return a tensor that looks like a gradient here and takes no memory."""
+        nothing = self.value.detach().new_empty(()).expand(self.value.shape)
+        return nothing if self.members is None else self.members.seen(nothing)
 
 
 @dataclass
@@ -65,11 +72,11 @@ class _Watch:
     """One call of a module, seen from behind: where its gradient passes and what it would look like."""
 
     edge: GradientEdge
-    zeros: Callable[[], Tensor]
+    like: Tensor
     arrived: Tensor | None = None
 
     def takes(self, proxy: GradientProxy, gradient: Tensor) -> None:
-        self.arrived = proxy.keep.of(gradient, proxy.where)
+        self.arrived = proxy.keep.of(gradient, proxy)
 
 
 @dataclass
@@ -90,16 +97,17 @@ class GradientProxy(Proxy):
         if not self.takes() or not torch.is_grad_enabled():
             return value
         node = _Node.at(value, self, steps)
-        shape, members = node.value.detach(), node.members
-        like = members.seen(shape.new_empty(()).expand(shape.shape))  # a shape without memory
-        watch = _Watch(get_gradient_edge(node.value), lambda: self.keep.of(torch.zeros_like(like), self.where))
+        watch = _Watch(get_gradient_edge(node.value), node.like())
         self.watches.append(watch)
         self.handles.append(node.watch(lambda gradient: watch.takes(self, gradient)))
         return node.onward
 
     def collect(self) -> None:
         """Take what arrived for one target; zeros for a call on which the target does not depend."""
-        self.targets.append([w.zeros() if w.arrived is None else w.arrived for w in self.watches])
+        for watch in self.watches:
+            if watch.arrived is None:
+                watch.takes(self, torch.zeros_like(watch.like))
+        self.targets.append([cast(Tensor, watch.arrived) for watch in self.watches])
         for watch in self.watches:
             watch.arrived = None
 

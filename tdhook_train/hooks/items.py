@@ -14,7 +14,7 @@ from tdhook_train.errors import PathError, did_you_mean
 from tdhook_train.hooks.arguments import Arguments
 from tdhook_train.hooks.paths import Site
 
-__all__ = ["floating_items", "pick", "put", "tensor_items"]
+__all__ = ["Place", "floating_items", "pick", "put", "tensor_items"]
 
 Place = tuple[int | str, ...]
 

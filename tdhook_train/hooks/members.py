@@ -14,7 +14,7 @@ _functorch = torch._C._functorch
 
 @dataclass(frozen=True)
 class Members:
-    """Where vmap hides the dimensions of its members, outermost level first; empty outside any vmap.
+    """Where vmap hides the dimensions of its members, outermost level first.
 
     A value that leaves the pass carries them in sight: a hidden one could not be used there. They stand after the
     dimensions of the batch, rows first as everywhere, or in front where the batch itself is what vmap hides.
@@ -26,11 +26,11 @@ class Members:
     raw: Tensor  # with every dimension in sight
 
     @classmethod
-    def of(cls, tensor: Tensor, batch: tuple[int, ...] = ()) -> Members:
-        """Look behind a tensor of a pass over a batch of this size."""
+    def of(cls, tensor: Tensor, batch: tuple[int, ...]) -> Members | None:
+        """Look behind a tensor of a pass over a batch of this size; None where nothing is hidden."""
         if not _functorch.is_batchedtensor(tensor):
-            return cls((), (), 0, tensor)
-        lead = len(batch) if tuple(tensor.shape[: len(batch)]) == tuple(batch) else 0
+            return None
+        lead = len(batch) if tuple(tensor.shape[: len(batch)]) == batch else 0
         levels: list[int] = []
         dims: list[int] = []
         while _functorch.is_batchedtensor(tensor):
@@ -39,10 +39,6 @@ class Members:
             tensor = _functorch.get_unwrapped(tensor)
         return cls(tuple(levels), tuple(dims), lead, tensor)
 
-    def __bool__(self) -> bool:
-        """Whether there are members at all."""
-        return bool(self.levels)
-
     def _order(self) -> tuple[int, ...]:
         left = list(range(self.raw.ndim))
         members = [left.pop(dim) for dim in self.dims]
@@ -50,12 +46,12 @@ class Members:
 
     def seen(self, raw: Tensor) -> Tensor:
         """Bring the members of a raw tensor behind its batch."""
-        return raw.permute(self._order()) if self else raw
+        return raw.permute(self._order())
 
     def unseen(self, seen: Tensor) -> Tensor:
         """Put the members back where the raw tensor has them."""
         order = self._order()
-        return seen.permute([order.index(i) for i in range(len(order))]) if self else seen
+        return seen.permute([order.index(i) for i in range(len(order))])
 
     def hidden(self, seen: Tensor) -> Tensor:
         """Hide the dimensions of the members again, for use inside vmap."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdhook_train.errors import ResolveError
 from tdhook_train.hooks.arguments import Arguments
-from tdhook_train.hooks.items import floating_items
+from tdhook_train.hooks.items import Place, floating_items
 from tdhook_train.hooks.paths import Selector, Site, parse, shown
 from tdhook_train.hooks.tap import Proxy, Steps, Turn
 
@@ -27,6 +27,9 @@ class Proxies:
     turn: Turn
     found: dict[str, Proxy] = field(default_factory=dict)
     done: bool = False
+
+    def __post_init__(self) -> None:
+        self.items = parse(self.selector).items if isinstance(self.selector, str) else ()
 
     def resolve(self) -> dict[str, Any]:
         """Return the values by site.
@@ -59,6 +62,7 @@ class _Member:
 
     all: Proxies
     path: str
+    own: dict[Place, Proxy] = field(default_factory=dict)
 
     @property
     def turn(self) -> Turn:
@@ -66,17 +70,21 @@ class _Member:
 
     def meets(self, value: Any, steps: Steps) -> Any:
         for items in self._items(value):
-            site = Site(self.path, items)
-            if str(site) not in self.all.found:
-                self.all.found[str(site)] = self.all.make(site)
-            value = self.all.found[str(site)].meets(value, steps)
+            value = self._proxy(items).meets(value, steps)
         return value
 
-    def _items(self, value: Any) -> list[tuple[int | str, ...]]:
-        wanted = parse(self.all.selector).items if isinstance(self.all.selector, str) else ()
+    def _proxy(self, items: Place) -> Proxy:
+        if items not in self.own:
+            site = Site(self.path, items)
+            self.own[items] = self.all.found[str(site)] = self.all.make(site)
+        return self.own[items]
+
+    def _items(self, value: Any) -> Sequence[Place]:
+        wanted = self.all.items
+        if isinstance(value, Tensor):
+            return ((),) if value.is_floating_point() and not wanted else ()
         if isinstance(value, Arguments) and not wanted:
-            first = next(value.items(), (0, None))
-            return [()] if isinstance(first[1], Tensor) and first[1].is_floating_point() else []
+            return self._items(next(value.items(), (0, None))[1])  # the first argument
         if is_tensor_collection(value) and not wanted:
-            return []  # a wrapper's whole batch: what it adds is the output of a module inside
+            return ()  # a wrapper's whole batch: what it adds is the output of a module inside
         return [items for items, _ in floating_items(value) if items[: len(wanted)] == wanted]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -62,26 +62,26 @@ class Keep:
     reduce: Callable[[Tensor], Tensor] | None = None
     detach: bool = True
 
-    def of(self, value: Tensor, where: str) -> Tensor:
-        """Copy a value, at most once; ``where`` begins an error message.
+    def of(self, value: Tensor, tap: _Counted) -> Tensor:
+        """Copy a value, at most once; ``tap`` is named in an error.
 
         Raises:
             SetterError: the reduction changed the value in place, or gave no tensor.
         """
         if value.is_inference():  # what is kept is used later, also where gradients are wanted
             with torch.inference_mode(False):
-                return self._copy(value.clone(), where)
-        return self._copy(value.detach() if self.detach else value, where)
+                return self._copy(value, tap)
+        return self._copy(value.detach() if self.detach else value, tap)
 
-    def _copy(self, value: Tensor, where: str) -> Tensor:
+    def _copy(self, value: Tensor, tap: _Counted) -> Tensor:
         if self.reduce is None:
             return value.clone() if self.to is None else value.to(self.to, copy=True)
-        version = value._version
+        version = _version(value)
         kept = self.reduce(value)
         if not isinstance(kept, Tensor):
-            raise SetterError(f"reducing {where}: expected a tensor from reduce, got {type(kept).__name__}")
-        if value._version != version:
-            raise SetterError(f"reducing {where}: the function changed the value in place; work on a copy")
+            raise SetterError(f"reducing {tap.where}: expected a tensor from reduce, got {type(kept).__name__}")
+        if _version(value) != version:
+            raise SetterError(f"reducing {tap.where}: the function changed the value in place; work on a copy")
         kept = kept if self.to is None else kept.to(self.to)
         return kept.clone() if kept.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() else kept
 
@@ -145,15 +145,16 @@ class Proxy(_Counted):
             return value
         tensor = pick(value, self.site)
         members = Members.of(tensor, self.batch)
-        seen = members.seen(members.raw)
+        seen = tensor if members is None else members.seen(members.raw)
         if self.feeds:
-            self.live.append(Keep(self.keep.to, self.keep.reduce, detach=False).of(seen, self.where))
+            self.live.append(replace(self.keep, detach=False).of(seen, self))
         if self.keep.detach or not tensor.is_floating_point():
-            self.found.append(self.keep.of(seen, self.where))
+            self.found.append(self.keep.of(seen, self))
             return value
         root = in_graph(seen)
-        self.found.append(root if self.keep == Keep(detach=False) else self.keep.of(root, self.where))
-        return put(value, self.site.items, members.hidden(root.clone()))
+        self.found.append(root if self.keep == Keep(detach=False) else self.keep.of(root, self))
+        onward = root.clone()
+        return put(value, self.site.items, onward if members is None else members.hidden(onward))
 
     def finish(self) -> None:
         """Let go of what only the pass needed."""
@@ -214,8 +215,7 @@ class Setter(_Counted):
 
     def _fitted(self, value: Tensor, before: Tensor) -> Tensor:
         members = Members.of(before, self.batch)
-        whole = members.seen(members.raw) if members and not Members.of(value) else before
-        if value.shape == whole.shape != before.shape:  # all members at once
+        if members is not None and value.shape == members.seen(members.raw).shape:  # all members at once
             value = members.hidden(value)
         wanted = before.shape if self.copies is None else (self.copies, *before.shape)
         for name, given, needed in (
