@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 __all__ = ["Undo", "devices_of", "kept_buffers", "kept_rng"]
 
 _ABSENT = object()
+_NONE: dict[str, Tensor | None] = {}
 
 
 class Undo(ExitStack):
@@ -37,13 +38,13 @@ class Undo(ExitStack):
 
 
 def devices_of(modules: Iterable[nn.Module]) -> set[torch.device]:
-    """Return the devices on which parameters or buffers lie, the CPU left out."""
+    """Return the devices on which the modules' own parameters or buffers lie, the CPU left out."""
     return {
         tensor.device
         for module in modules
-        for tensors in (module.parameters(), module.buffers())
-        for tensor in tensors
-        if tensor.device.type not in ("cpu", "meta")
+        for tensors in (module._parameters, module._buffers)
+        for tensor in tensors.values()
+        if tensor is not None and not tensor.is_cpu and not tensor.is_meta
     }
 
 
@@ -64,19 +65,18 @@ def kept_rng(devices: Iterable[torch.device]) -> Iterator[None]:
 @contextmanager
 def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put buffers back on the way out: the same tensors, holding the same values, and no others."""
-    before = [
-        (module, dict(module._buffers), {k: v.detach().clone() for k, v in module._buffers.items() if v is not None})
-        for module in modules
-    ]
+    before = [(module, dict(module._buffers) if module._buffers else _NONE) for module in modules]
+    copies = {
+        buffer: buffer.detach().clone() for _, buffers in before for buffer in buffers.values() if buffer is not None
+    }
     try:
         yield
     finally:
+        for module, buffers in before:
+            if module._buffers or buffers:
+                module._buffers.clear()
+                module._buffers.update(buffers)  # a module may have put another tensor there, or one more
         with torch.no_grad():
-            for module, buffers, copies in before:
-                if module._buffers or buffers:
-                    module._buffers.clear()
-                    module._buffers.update(buffers)  # a module may have put another tensor there, or one more
-                for name, value in copies.items():
-                    buffer = cast(Tensor, buffers[name])
-                    if not torch.equal(buffer, value):  # not by version: batch norm does not count what it writes
-                        buffer.copy_(value)
+            for buffer, value in copies.items():
+                if not torch.equal(buffer, value):  # not by version: batch norm does not count what it writes
+                    buffer.copy_(value)

@@ -102,7 +102,7 @@ class HookedModel:
         td = inputs.copy() if batched else _unbatched(inputs.copy())
         given = {key: _lent(inputs.get(key)) for key in self.in_keys}
         td.update(given)
-        with _layer_by_layer(self.module):
+        with _layer_by_layer({type(part) for part in self.module.modules()}):
             if self._speaks_tensordict:
                 td = self._call(td)
             else:
@@ -143,21 +143,21 @@ class HookedModel:
         ran: list[None] = []
         with Undo() as undo:
             if edits:
-                undo.enter_context(eager(self._given))
+                undo.enter_context(eager(self._given.modules()))
                 undo.hook(self.module.register_forward_pre_hook(lambda *_: ran.append(None)))
-            for setter in (setter for setters in placed.values() for setter in setters):
-                place(undo, self.module_of(setter.site.module), "output", [setter])
+            for module, setter in (pair for pairs in placed.values() for pair in pairs):
+                place(undo, module, "output", [setter])
             yield
-        for selector, setters in placed.items():
+        for selector, pairs in placed.items():
             if ran:
-                refuse_ignored(selector, setters)
+                refuse_ignored(selector, [setter for _, setter in pairs])
 
     # ------------------------------------------------------------------ names
 
     def trace(self, inputs: TensorDictBase) -> tuple[TracedSite, ...]:
         """List the sites in the order in which they run; one pass without gradients, the first time only."""
         if self._trace is None:
-            with kept_rng(devices_of([self.module])), kept_buffers(self.module.modules()):
+            with kept_rng(devices_of(self.module.modules())), kept_buffers(self.module.modules()):
                 self._trace = trace(self.module, lambda: self.forward(inputs))
         return self._trace
 
@@ -187,10 +187,17 @@ class HookedModel:
         Raises:
             PathError: it names no module.
         """
+        return tuple(path for path, _ in self.chosen(selector))
+
+    def chosen(self, selector: Selector) -> list[tuple[str, nn.Module]]:
+        """Resolve one selector to paths and modules, each module once, in the order of their registration.
+
+        Raises:
+            PathError: it names no module.
+        """
         if isinstance(selector, str) and not is_pattern(selector):
             path = parse(selector).module
-            module_at(self.module, path)
-            return (path,)
+            return [(path, module_at(self.module, path))]
         wanted, found = chooser(selector), dict[nn.Module, str]()
         for path, module in walk(self.module):
             if module not in found and wanted(path, module):
@@ -198,7 +205,7 @@ class HookedModel:
         if not found:
             near = did_you_mean(selector, self.modules) if isinstance(selector, str) else ""
             raise PathError(f"{shown(selector)} names no module of {self.title}{near}")
-        return tuple(found.values())
+        return [(path, module) for module, path in found.items()]
 
     def has(self, selector: Selector) -> bool:
         """Whether a selector names a module, run or not; needs no trace."""
@@ -257,16 +264,14 @@ def _lent(value: Any) -> Any:
 
 
 @contextmanager
-def _layer_by_layer(model: nn.Module) -> Iterator[None]:
+def _layer_by_layer(kinds: set[type[nn.Module]]) -> Iterator[None]:
     """Leave out the fused kernels that do not take hooks or gradients.
 
     torch's attention layers have a fast path for evaluation that passes their inner modules by, and gives padded
     positions other values; cuDNN's recurrent layers refuse a backward pass in evaluation mode.
     """
-    attends = torch.backends.mha.get_fastpath_enabled() and any(
-        isinstance(part, (nn.MultiheadAttention, nn.TransformerEncoder)) for part in model.modules()
-    )
-    recurs = torch.is_grad_enabled() and any(isinstance(part, nn.RNNBase) for part in model.modules())
+    attends = torch.backends.mha.get_fastpath_enabled() and any(issubclass(kind, _ATTENTION) for kind in kinds)
+    recurs = torch.is_grad_enabled() and any(issubclass(kind, nn.RNNBase) for kind in kinds)
     with torch.backends.cudnn.flags(enabled=False) if recurs else nullcontext():
         try:
             if attends:
@@ -275,3 +280,6 @@ def _layer_by_layer(model: nn.Module) -> Iterator[None]:
         finally:
             if attends:
                 torch.backends.mha.set_fastpath_enabled(True)
+
+
+_ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoder)

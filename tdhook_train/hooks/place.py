@@ -36,6 +36,8 @@ def _in_order(taps: Sequence[Tap]) -> list[Tap]:
     A value that is both read and differentiated is differentiated first, so that what is done with the reading counts
     towards its gradient; and what is read where the pass stops is read before it does.
     """
+    if len(taps) == 1:
+        return list(taps)
     versions = accumulate(tap.turn == Turn.SET for tap in taps)
     rows = [((tap.turn == Turn.STOP, version, tap.turn), tap) for version, tap in zip(versions, taps, strict=True)]
     return [tap for _, tap in sorted(rows, key=lambda row: row[0])]
@@ -48,10 +50,10 @@ def _into(taps: list[Tap], module: nn.Module, args: tuple[Any, ...], kwargs: dic
 
 def setters_at(
     model: HookedModel, selector: Selector, value: Any, *, kind: type[Setter] = Setter, **how: Any
-) -> list[Setter]:
-    """Return a setter for each module that a selector names."""
+) -> list[tuple[nn.Module, Setter]]:
+    """Return each module that a selector names, and a setter for it."""
     items = parse(selector).items if isinstance(selector, str) else ()
-    return [kind(Site(path, items), value=value, **how) for path in model.paths(selector)]
+    return [(module, kind(Site(path, items), value=value, **how)) for path, module in model.chosen(selector)]
 
 
 def _through(taps: list[Tap], value: Any) -> Any:

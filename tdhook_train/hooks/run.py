@@ -140,7 +140,7 @@ class Run:
         if is_pattern(path):
             raise PathError(f"{shown(path)} names many modules; a pass stops at one")
         site = parse(path)
-        self._add(site.module, "output", Stop(site, call=call))
+        self._add(self._open.module_of(site.module), "output", Stop(site, call=call))
 
     def backward(self, objective: Objective) -> None:
         """Differentiate; parameters' ``.grad`` is not touched.
@@ -167,9 +167,9 @@ class Run:
             raise ResolveError("this pass is over; describe another: with hooked.run(td) as run")
         return self._model
 
-    def _add(self, path: str, where: str, tap: Tap) -> None:
+    def _add(self, module: nn.Module, where: str, tap: Tap) -> None:
         # by module, not by path: a shared module is one place, whichever of its names is used
-        self._taps.setdefault((self._open.module_of(path), where), []).append(tap)
+        self._taps.setdefault((module, where), []).append(tap)
 
     def _read(self, path: Selector, kind: type[Proxy], what: str, where: str, how: tuple[Call, Keep]) -> Any:
         call, keep = how
@@ -180,9 +180,8 @@ class Run:
             return kind(site, what, call, batch, keep=keep)
 
         proxy = Proxies(path, make, kind.turn) if is_pattern(path) else make(parse(str(path)))
-        for name in self._open.paths(path):
-            tap = proxy if isinstance(proxy, Proxy) else proxy.at(name)
-            self._add(name, where, tap)
+        for name, module in self._open.chosen(path):
+            self._add(module, where, proxy if isinstance(proxy, Proxy) else proxy.at(name))
         self._proxies.append(proxy)
         return proxy
 
@@ -190,9 +189,9 @@ class Run:
         self, path: Selector, kind: type[Setter], what: tuple[str, str], value: Any, call: Call, **more: Any
     ) -> None:
         setters = setters_at(self._open, path, value, kind=kind, what=what[0], call=call, batch=self._batch, **more)
-        for setter in setters:
-            self._add(setter.site.module, what[1], setter)
-        self._set.append((path, setters))
+        for module, setter in setters:
+            self._add(module, what[1], setter)
+        self._set.append((path, [setter for _, setter in setters]))
 
     # ------------------------------------------------------------------ doing it
 
@@ -246,9 +245,10 @@ def _untouched(model: HookedModel, *, graph: bool) -> Iterator[Undo]:
     """Run eagerly, with or without a graph, and find hooks, buffers and random states as before."""
     inference = torch.is_inference_mode_enabled() and not graph
     with Undo() as undo, torch.inference_mode(inference), torch.set_grad_enabled(graph):
-        undo.enter_context(kept_rng(devices_of([model.module])))
-        undo.enter_context(kept_buffers(model.module.modules()))
-        undo.enter_context(eager(model.module))
+        parts = list(model.module.modules())
+        undo.enter_context(kept_rng(devices_of(parts)))
+        undo.enter_context(kept_buffers(parts))
+        undo.enter_context(eager(parts))
         yield undo
 
 

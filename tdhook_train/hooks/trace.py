@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,9 +34,9 @@ class TracedSite:
         return type(self.module).__name__
 
 
-def eager(model: nn.Module) -> AbstractContextManager[Any]:
+def eager(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
     """Run without compiled code, in which hooks never fire; what was compiled stays, and is not compiled again."""
-    compiled = any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in model.modules())
+    compiled = any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in modules)
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
@@ -62,7 +62,7 @@ def trace(model: nn.Module, call: Callable[[], Any]) -> tuple[TracedSite, ...]:
                 gave[id(tensor)] = str(site)
                 kept.append(tensor)
 
-    with Undo() as undo, torch.no_grad(), eager(model):
+    with Undo() as undo, torch.no_grad(), eager(model.modules()):
         for module in named:
             undo.hook(module.register_forward_hook(hook))
         call()

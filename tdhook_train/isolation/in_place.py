@@ -16,7 +16,7 @@ __all__ = ["in_place", "keep_rng"]
 @contextmanager
 def keep_rng(modules: Iterable[nn.Module], seed: int) -> Iterator[None]:
     """Seed the random states of the CPU and of every device in use, and put the old ones back."""
-    devices = devices_of(modules)
+    devices = devices_of(part for module in modules for part in module.modules())
     with kept_rng(devices):
         # not torch.manual_seed, which seeds every GPU of the machine, also those whose state is not kept here
         torch.default_generator.manual_seed(seed)

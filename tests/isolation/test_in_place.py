@@ -172,19 +172,14 @@ def test_the_random_state_of_a_device_that_holds_buffers_alone_is_kept(monkeypat
 
 
 def test_devices_in_use_are_those_of_parameters_and_of_buffers():
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    assert devices_of([model]) == set()
-    tensors = [torch.empty(0, device="meta"), FakeCuda()]
+    class OnDevice:
+        is_cpu = is_meta = False
 
-    class Holds(nn.Module):
-        def parameters(self, recurse=True):
-            return iter(tensors[:1])
+        def __init__(self, index):
+            self.device = torch.device("cuda", index)
 
-        def buffers(self, recurse=True):
-            return iter(tensors[1:])
-
-    assert devices_of([Holds()]) == {torch.device("cuda", 0)}
-
-
-class FakeCuda:
-    device = torch.device("cuda", 0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3, device="meta"))
+    assert devices_of(model.modules()) == set()
+    held = nn.Module()
+    held._parameters["weight"], held._buffers["mean"], held._buffers["none"] = OnDevice(0), OnDevice(1), None
+    assert devices_of([held]) == {torch.device("cuda", 0), torch.device("cuda", 1)}
