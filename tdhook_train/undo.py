@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Undo", "devices_of", "kept_buffers", "kept_rng"]
+__all__ = ["Undo", "devices_of", "kept_buffers", "kept_rng", "parts_of"]
 
 _ABSENT = object()
 _NONE: dict[str, Tensor | None] = {}
@@ -35,6 +35,18 @@ class Undo(ExitStack):
             self.callback(delattr, owner, name)
         else:
             self.callback(setattr, owner, name, before)
+
+
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """List a model's modules, each once; several times as fast as ``modules()``, which also makes their names."""
+    found = {model: None}
+    waiting = [model]
+    while waiting:
+        for part in waiting.pop()._modules.values():
+            if part is not None and part not in found:
+                found[part] = None
+                waiting.append(part)
+    return list(found)
 
 
 def devices_of(modules: Iterable[nn.Module]) -> set[torch.device]:

@@ -25,15 +25,17 @@ class Members:
     lead: int  # dimensions of the batch before them
     raw: Tensor  # with every dimension in sight
 
+    are_in = staticmethod(_functorch.is_batchedtensor)  # whether a tensor hides any
+
     @classmethod
     def of(cls, tensor: Tensor, batch: tuple[int, ...]) -> Members | None:
         """Look behind a tensor of a pass over a batch of this size; None where nothing is hidden."""
-        if not _functorch.is_batchedtensor(tensor):
+        if not cls.are_in(tensor):
             return None
         lead = len(batch) if tuple(tensor.shape[: len(batch)]) == batch else 0
         levels: list[int] = []
         dims: list[int] = []
-        while _functorch.is_batchedtensor(tensor):
+        while cls.are_in(tensor):
             levels.insert(0, _functorch.maybe_get_level(tensor))
             dims.insert(0, _functorch.maybe_get_bdim(tensor))
             tensor = _functorch.get_unwrapped(tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tdhook_train.hooks.run import Run
 from tdhook_train.hooks.trace import TracedSite, eager, select, trace
 from tdhook_train.hooks.unwrap import unwrapped
 from tdhook_train.keys import dotted, path_of
-from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng
+from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng, parts_of
 
 __all__ = ["HookedModel"]
 
@@ -92,26 +93,30 @@ class HookedModel:
         if not isinstance(inputs, TensorDictBase):
             example = f"TensorDict({self.in_keys[0]}=x, batch_size=[len(x)])"
             raise SettingsError(f"{self.title} takes a TensorDict, e.g. {example}; got {type(inputs).__name__}")
-        missing = [key for key in self.in_keys if key not in inputs.keys(include_nested=True)]
-        if missing:
-            known = [str(key) for key in inputs.keys(include_nested=True, leaves_only=True)]
-            raise KeyMissingError(
-                f"input {missing[0]!r} of {type(self.module).__name__} is not in the batch"
-                f"{did_you_mean(str(missing[0]), known)}"
-            )
+        given = {key: _lent(inputs.get(key, None)) for key in self.in_keys}
+        self._refuse_missing(given, inputs)
         td = inputs.copy() if batched else _unbatched(inputs.copy())
-        given = {key: _lent(inputs.get(key)) for key in self.in_keys}
-        td.update(given)
-        with _layer_by_layer({type(part) for part in self.module.modules()}):
-            if self._speaks_tensordict:
-                td = self._call(td)
-            else:
+        with _layer_by_layer(self._kinds):
+            if not self._speaks_tensordict:
                 positional = [value for key, value in given.items() if key not in self._keywords]
-                td = self._write(td, self._call(*positional, **{n: given[k] for k, n in self._keywords.items()}))
+                return self._write(td, self._call(*positional, **{n: given[k] for k, n in self._keywords.items()}))
+            td = self._call(td.update(given))
         for key, value in given.items():
             if td.get(key, None) is value:  # what the module itself put there stays
                 td.set(key, inputs.get(key))
         return td
+
+    def _refuse_missing(self, given: Mapping[NestedKey, Any], inputs: TensorDictBase) -> None:
+        for key, value in given.items():
+            if value is None:
+                known = [str(key) for key in inputs.keys(include_nested=True, leaves_only=True)]
+                raise KeyMissingError(
+                    f"input {key!r} of {type(self.module).__name__} is not in the batch{did_you_mean(str(key), known)}"
+                )
+
+    @cached_property
+    def _kinds(self) -> set[type[nn.Module]]:
+        return {type(part) for part in parts_of(self.module)}
 
     def _write(self, td: TensorDictBase, output: Any) -> TensorDictBase:
         values = tuple(output) if type(output) in (tuple, list) else (output,)
@@ -124,7 +129,9 @@ class HookedModel:
         }
         if any(tensor.shape[: td.batch_dims] != td.batch_size for tensor in found.values()):
             td = _unbatched(td)  # a loss, or states with time in front
-        return td.update(found)
+        for key, value in found.items():
+            td.set(key, value)
+        return td
 
     @contextmanager
     def edited(self, edits: Mapping[Selector, Any]) -> Iterator[None]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -37,8 +37,7 @@ Selection = Selector | Sequence[Selector]
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """One tensor a module gives out: the module's path, and the way to the item where it gives out several."""
 
     module: str
@@ -46,7 +45,7 @@ class Site:
 
     def __str__(self) -> str:
         """Write the site as text that :func:`parse` reads back."""
-        return ":".join([self.module, *map(str, self.items)])
+        return ":".join([self.module, *map(str, self.items)]) if self.items else self.module
 
 
 @lru_cache(maxsize=4096)

@@ -16,9 +16,9 @@ from tdhook_train.hooks.gradients import GradientProxy, GradientSetter, Objectiv
 from tdhook_train.hooks.paths import Selector, Site, is_pattern, parse, shown
 from tdhook_train.hooks.place import place, refuse_ignored, setters_at
 from tdhook_train.hooks.several import Proxies
-from tdhook_train.hooks.tap import Call, Keep, Proxy, Setter, Stop, Stopped, Tap, Where
+from tdhook_train.hooks.tap import COPY, Call, Keep, Proxy, Setter, Stop, Stopped, Tap, Where
 from tdhook_train.hooks.trace import eager
-from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng
+from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng, parts_of
 
 if TYPE_CHECKING:
     from tdhook_train.hooks.model import HookedModel
@@ -70,7 +70,7 @@ class Run:
         detach: bool = True,
     ) -> Proxy:
         """Read what the module at ``path`` gives out, at one of its calls or at ``"all"``."""
-        return self._read(path, Proxy, "output", "output", (call, Keep(to, reduce, detach)))
+        return self._read(path, Proxy, "output", "output", (call, _keep(to, reduce, detach)))
 
     def get_input(
         self,
@@ -82,7 +82,7 @@ class Run:
         detach: bool = True,
     ) -> Proxy:
         """Read the first argument of the module at ``path`` (``path:1`` the second, ``path:name`` one by name)."""
-        return self._read(path, Proxy, "input", "input", (call, Keep(to, reduce, detach)))
+        return self._read(path, Proxy, "input", "input", (call, _keep(to, reduce, detach)))
 
     def get_grad(
         self,
@@ -94,7 +94,7 @@ class Run:
         detach: bool = True,
     ) -> Proxy:
         """Read the gradient of what :meth:`backward` differentiates with respect to the module's output."""
-        return self._read(path, GradientProxy, "gradient", "output", (call, Keep(to, reduce, detach)))
+        return self._read(path, GradientProxy, "gradient", "output", (call, _keep(to, reduce, detach)))
 
     def get_input_grad(
         self,
@@ -106,7 +106,7 @@ class Run:
         detach: bool = True,
     ) -> Proxy:
         """Read the gradient with respect to the module's first argument; the path ``""`` is the model itself."""
-        return self._read(path, GradientProxy, "gradient", "input", (call, Keep(to, reduce, detach)))
+        return self._read(path, GradientProxy, "gradient", "input", (call, _keep(to, reduce, detach)))
 
     def set(self, path: Selector, value: Any, *, call: Call = 0, copies: int | None = None) -> None:
         """Replace what the module at ``path`` gives out.
@@ -240,12 +240,16 @@ class Run:
                 proxy.feeds = True
 
 
+def _keep(to: Where | None, reduce: Reduce | None, detach: bool) -> Keep:
+    return COPY if to is None and reduce is None and detach else Keep(to, reduce, detach)
+
+
 @contextmanager
 def _untouched(model: HookedModel, *, graph: bool) -> Iterator[Undo]:
     """Run eagerly, with or without a graph, and find hooks, buffers and random states as before."""
     inference = torch.is_inference_mode_enabled() and not graph
     with Undo() as undo, torch.inference_mode(inference), torch.set_grad_enabled(graph):
-        parts = list(model.module.modules())
+        parts = parts_of(model.module)
         undo.enter_context(kept_rng(devices_of(parts)))
         undo.enter_context(kept_buffers(parts))
         undo.enter_context(eager(parts))
@@ -255,6 +259,7 @@ def _untouched(model: HookedModel, *, graph: bool) -> Iterator[Undo]:
 def _outside(output: TensorDictBase) -> TensorDictBase:
     """Take the outputs out of the graph, and out of inference mode, where nothing could be done with them later."""
     if not torch.is_inference_mode_enabled():
-        return output.detach()
+        attached = any(value.requires_grad for value in output.values(include_nested=True, leaves_only=True))
+        return output.detach() if attached else output
     with torch.inference_mode(False):
         return output.apply(lambda value: value.clone() if value.is_inference() else value)

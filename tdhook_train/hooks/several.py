@@ -70,14 +70,12 @@ class _Member:
 
     def meets(self, value: Any, steps: Steps) -> Any:
         for items in self._items(value):
-            value = self._proxy(items).meets(value, steps)
+            proxy = self.own.get(items)
+            if proxy is None:
+                site = Site(self.path, items)
+                proxy = self.own[items] = self.all.found[str(site)] = self.all.make(site)
+            value = proxy.meets(value, steps)
         return value
-
-    def _proxy(self, items: Place) -> Proxy:
-        if items not in self.own:
-            site = Site(self.path, items)
-            self.own[items] = self.all.found[str(site)] = self.all.make(site)
-        return self.own[items]
 
     def _items(self, value: Any) -> Sequence[Place]:
         wanted = self.all.items

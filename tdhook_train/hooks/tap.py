@@ -15,7 +15,21 @@ from tdhook_train.hooks.items import pick, put
 from tdhook_train.hooks.members import Members
 from tdhook_train.hooks.paths import Site
 
-__all__ = ["Call", "Keep", "Proxy", "Setter", "Steps", "Stop", "Stopped", "Tap", "Turn", "Value", "Where", "in_graph"]
+__all__ = [
+    "COPY",
+    "Call",
+    "Keep",
+    "Proxy",
+    "Setter",
+    "Steps",
+    "Stop",
+    "Stopped",
+    "Tap",
+    "Turn",
+    "Value",
+    "Where",
+    "in_graph",
+]
 
 Call = int | Literal["all"]
 Where = torch.device | torch.dtype | str
@@ -86,6 +100,9 @@ class Keep:
         return kept.clone() if kept.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() else kept
 
 
+COPY = Keep()
+
+
 @dataclass
 class _Counted:
     """A tap at one of its module's calls, or at all of them."""
@@ -113,7 +130,7 @@ class _Counted:
 class Proxy(_Counted):
     """A value of a pass: resolved after the pass has run, an error before."""
 
-    keep: Keep = field(default_factory=Keep)
+    keep: Keep = COPY
     feeds: bool = False  # whether something later in the pass takes the value, graph and all
     done: bool = False
     found: list[Tensor] = field(default_factory=list, repr=False)
@@ -144,6 +161,9 @@ class Proxy(_Counted):
         if not self.takes():
             return value
         tensor = pick(value, self.site)
+        if self.keep is COPY and not (self.feeds or tensor.is_inference() or Members.are_in(tensor)):
+            self.found.append(tensor.detach().clone())  # as below, without the steps that would do nothing
+            return value
         members = Members.of(tensor, self.batch)
         seen = tensor if members is None else members.seen(members.raw)
         if self.feeds:
