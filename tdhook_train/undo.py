@@ -27,6 +27,12 @@ class Undo(ExitStack):
         """Remove ``handle`` on the way back."""
         self.callback(handle.remove)
 
+    def hooks(self) -> list[RemovableHandle]:
+        """Return a list; the hooks whose handles are put on it are removed on the way back."""
+        handles: list[RemovableHandle] = []
+        self.callback(_remove, handles)
+        return handles
+
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute now and put the old one back (or delete it, where there was none) on the way out."""
         before = vars(owner).get(name, _ABSENT)
@@ -35,6 +41,11 @@ class Undo(ExitStack):
             self.callback(delattr, owner, name)
         else:
             self.callback(setattr, owner, name, before)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
 
 
 def parts_of(model: nn.Module) -> list[nn.Module]:

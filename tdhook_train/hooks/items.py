@@ -51,8 +51,6 @@ def pick(value: Any, site: Site) -> Tensor:
     Raises:
         PathError: there is none; names those there are.
     """
-    if isinstance(value, Tensor) and not site.items:
-        return value
     found = value
     try:
         for item in _way(value, site.items):

@@ -149,11 +149,12 @@ class HookedModel:
         placed = {selector: setters_at(self, selector, value, call="all") for selector, value in edits.items()}
         ran: list[None] = []
         with Undo() as undo:
+            handles = undo.hooks()
             if edits:
                 undo.enter_context(eager(self._given.modules()))
-                undo.hook(self.module.register_forward_pre_hook(lambda *_: ran.append(None)))
+                handles.append(self.module.register_forward_pre_hook(lambda *_: ran.append(None)))
             for module, setter in (pair for pairs in placed.values() for pair in pairs):
-                place(undo, module, "output", [setter])
+                handles.append(place(module, "output", [setter]))
             yield
         for selector, pairs in placed.items():
             if ran:

@@ -34,6 +34,7 @@ __all__ = [
 Selector = str | type[nn.Module] | Callable[[nn.Module], bool] | Callable[[str, nn.Module], bool]
 Selection = Selector | Sequence[Selector]
 
+_Scripted = torch.jit.ScriptModule
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
 
 
@@ -83,8 +84,10 @@ def chooser(selector: Selector) -> Callable[[str, nn.Module], bool]:
     """
     if isinstance(selector, str):
         wanted = _segments(parse(selector).module)
+        if wanted == ("**",):
+            return lambda _path, module: is_leaf(module)
         leaves_only = wanted[-1:] == ("**",)
-        return lambda path, module: _matches(wanted, _segments(path)) and (not leaves_only or is_leaf(module))
+        return lambda path, module: (not leaves_only or is_leaf(module)) and _matches(wanted, _segments(path))
     if isinstance(selector, type):
         return lambda _path, module: isinstance(module, selector)
     if not callable(selector):
@@ -112,7 +115,7 @@ def _matches(pattern: tuple[str, ...], name: tuple[str, ...]) -> bool:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module holds no other."""
-    return next(module.children(), None) is None
+    return not module._modules or all(part is None for part in module._modules.values())
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -123,11 +126,16 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
-        module = _behind(module)
-        if not isinstance(module, torch.jit.ScriptModule):
-            yield path, module
-            parts = [(f"{path}.{name}" if path else name, part) for name, part in module._modules.items()]
-            waiting += [(name, part) for name, part in reversed(parts) if part is not None]
+        if isinstance(module, _Scripted):
+            continue
+        parts = module._modules
+        if _COMPILED in parts:
+            waiting.append((path, _behind(module)))
+            continue
+        yield path, module
+        if parts:
+            start = f"{path}." if path else ""
+            waiting += [(start + name, part) for name, part in reversed(parts.items()) if part is not None]
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -135,7 +143,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     module: nn.Module | None = model
     for name in path.split(".") if path else ():  # not get_submodule: TensorDictModules lend the names inside them
         module = None if module is None else _behind(module)._modules.get(name)
-        if isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, _Scripted):
             raise PathError(f"path {path!r} leads to a scripted module (TorchScript), which takes no hooks")
     if module is None:
         known = [name for name, _ in walk(model)]
@@ -145,5 +153,5 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 def _behind(module: nn.Module) -> nn.Module:
     """Look through the wrapper that torch.compile puts around a module."""
-    inner = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get(_COMPILED)
+    inner = None if isinstance(module, _Scripted) else module._modules.get(_COMPILED)
     return module if inner is None else inner

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from tdhook_train.errors import SetterError
 from tdhook_train.hooks.arguments import Arguments
 from tdhook_train.hooks.paths import Selector, Site, parse, shown
 from tdhook_train.hooks.tap import Setter, Steps, Tap, Turn
-from tdhook_train.undo import Undo
 
 if TYPE_CHECKING:
     from tdhook_train.hooks.model import HookedModel
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["place", "refuse_ignored", "setters_at"]
 
 
-def place(undo: Undo, module: nn.Module, where: str, taps: Sequence[Tap]) -> None:
+def place(module: nn.Module, where: str, taps: Sequence[Tap]) -> RemovableHandle:
     """Hook a module: its taps meet what it gives out, or takes in where ``where`` is ``"input"``."""
     taps = _in_order(taps)
     if where == "input":
-        undo.hook(module.register_forward_pre_hook(partial(_into, taps), with_kwargs=True))
-    else:
-        undo.hook(module.register_forward_hook(lambda _module, _args, output: _through(taps, output)))
+        return module.register_forward_pre_hook(partial(_into, taps), with_kwargs=True)
+    if len(taps) == 1:
+        return module.register_forward_hook(partial(_past, taps[0].meets))
+    return module.register_forward_hook(lambda _module, _args, output: _through(taps, output))
 
 
 def _in_order(taps: Sequence[Tap]) -> list[Tap]:
@@ -54,6 +55,11 @@ def setters_at(
     """Return each module that a selector names, and a setter for it."""
     items = parse(selector).items if isinstance(selector, str) else ()
     return [(module, kind(Site(path, items), value=value, **how)) for path, module in model.chosen(selector)]
+
+
+def _past(meets: Callable[[Any, Steps], Any], _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+    onward = meets(output, {})
+    return None if onward is output else onward
 
 
 def _through(taps: list[Tap], value: Any) -> Any:

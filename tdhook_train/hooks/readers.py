@@ -36,9 +36,10 @@ def sole_readers(model: HookedModel, inputs: TensorDictBase, sites: Sequence[str
     with Undo() as undo, torch.inference_mode(False), torch.enable_grad():
         for value in moving.values():
             value.requires_grad_(value.is_floating_point())
+        handles = undo.hooks()
         for text in sites:
             module = module_at(model.module, parse(text).module)
-            undo.hook(module.register_forward_hook(lambda _module, _args, output, text=text: note(text, output)))
+            handles.append(module.register_forward_hook(lambda _module, _args, output, text=text: note(text, output)))
         outputs = model.forward(inputs.copy().update(moving))
     results = outputs.select(*model.out_keys, strict=False).values(include_nested=True, leaves_only=True)
     readers = _readers(value.grad_fn for value in results if value.grad_fn is not None)

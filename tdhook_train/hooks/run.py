@@ -218,8 +218,9 @@ class Run:
         if graph:
             self._mark_what_feeds()
         with _untouched(model, graph=graph) as undo:
+            handles = undo.hooks()
             for (module, where), taps in self._taps.items():
-                place(undo, module, where, taps)
+                handles.append(place(module, where, taps))
             batched = not any(setter.copies for _, setters in self._set for setter in setters)
             try:
                 output = model.forward(self._inputs, batched=batched)

@@ -56,33 +56,30 @@ class Proxies:
             proxy.finish()
 
 
-@dataclass
 class _Member:
     """The tap at one module: a proxy for each of the module's floating values, made as they appear."""
 
-    all: Proxies
-    path: str
-    own: dict[Place, Proxy] = field(default_factory=dict)
-
-    @property
-    def turn(self) -> Turn:
-        return self.all.turn
+    def __init__(self, all_: Proxies, path: str) -> None:
+        self.all, self.path, self.turn = all_, path, all_.turn
+        self.own: dict[Place, Proxy] = {}
 
     def meets(self, value: Any, steps: Steps) -> Any:
+        if isinstance(value, Tensor) and not self.all.items:  # most are; told apart first, for speed
+            return (self.own.get(()) or self._make(())).meets(value, steps) if value.is_floating_point() else value
         for items in self._items(value):
-            proxy = self.own.get(items)
-            if proxy is None:
-                site = Site(self.path, items)
-                proxy = self.own[items] = self.all.found[str(site)] = self.all.make(site)
-            value = proxy.meets(value, steps)
+            value = (self.own.get(items) or self._make(items)).meets(value, steps)
         return value
+
+    def _make(self, items: Place) -> Proxy:
+        site = Site(self.path, items)
+        self.own[items] = self.all.found[str(site)] = self.all.make(site)
+        return self.own[items]
 
     def _items(self, value: Any) -> Sequence[Place]:
         wanted = self.all.items
-        if isinstance(value, Tensor):
-            return ((),) if value.is_floating_point() and not wanted else ()
         if isinstance(value, Arguments) and not wanted:
-            return self._items(next(value.items(), (0, None))[1])  # the first argument
+            first = next(value.items(), (0, None))[1]
+            return ((),) if isinstance(first, Tensor) and first.is_floating_point() else ()
         if is_tensor_collection(value) and not wanted:
             return ()  # a wrapper's whole batch: what it adds is the output of a module inside
         return [items for items, _ in floating_items(value) if items[: len(wanted)] == wanted]

@@ -118,7 +118,7 @@ class _Counted:
     def takes(self) -> bool:
         """Count one call of the module and say whether this is the call that was asked for."""
         self.calls += 1
-        return self.call in ("all", self.calls - 1)
+        return self.call == self.calls - 1 or self.call == "all"
 
     @property
     def where(self) -> str:
@@ -160,7 +160,7 @@ class Proxy(_Counted):
         """Keep the value; where its graph is kept too, what goes on is a copy that nothing later can write to."""
         if not self.takes():
             return value
-        tensor = pick(value, self.site)
+        tensor = value if isinstance(value, Tensor) and not self.site.items else pick(value, self.site)
         if self.keep is COPY and not (self.feeds or tensor.is_inference() or Members.are_in(tensor)):
             self.found.append(tensor.detach().clone())  # as below, without the steps that would do nothing
             return value

@@ -63,8 +63,9 @@ def trace(model: nn.Module, call: Callable[[], Any]) -> tuple[TracedSite, ...]:
                 kept.append(tensor)
 
     with Undo() as undo, torch.no_grad(), eager(model.modules()):
+        handles = undo.hooks()
         for module in named:
-            undo.hook(module.register_forward_hook(hook))
+            handles.append(module.register_forward_hook(hook))
         call()
     return tuple(rows.values())
 
