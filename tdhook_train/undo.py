@@ -7,13 +7,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Undo", "devices_of", "kept_buffers", "kept_rng", "parts_of"]
 
 _ABSENT = object()
-_NONE: dict[str, Tensor | None] = {}
 
 
 class Undo(ExitStack):
@@ -62,13 +61,12 @@ def parts_of(model: nn.Module) -> list[nn.Module]:
 
 def devices_of(modules: Iterable[nn.Module]) -> set[torch.device]:
     """Return the devices on which the modules' own parameters or buffers lie, the CPU left out."""
-    return {
-        tensor.device
-        for module in modules
-        for tensors in (module._parameters, module._buffers)
-        for tensor in tensors.values()
-        if tensor is not None and not tensor.is_cpu and not tensor.is_meta
-    }
+    found = set()
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            if tensors:
+                found |= {t.device for t in tensors.values() if t is not None and not t.is_cpu and not t.is_meta}
+    return found
 
 
 @contextmanager
@@ -88,17 +86,21 @@ def kept_rng(devices: Iterable[torch.device]) -> Iterator[None]:
 @contextmanager
 def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put buffers back on the way out: the same tensors, holding the same values, and no others."""
-    before = [(module, dict(module._buffers) if module._buffers else _NONE) for module in modules]
+    modules = list(modules)
+    before = {module: dict(module._buffers) for module in modules if module._buffers}
     copies = {
-        buffer: buffer.detach().clone() for _, buffers in before for buffer in buffers.values() if buffer is not None
+        buffer: buffer.detach().clone()
+        for buffers in before.values()
+        for buffer in buffers.values()
+        if buffer is not None
     }
     try:
         yield
     finally:
-        for module, buffers in before:
-            if module._buffers or buffers:
+        for module in modules:
+            if module._buffers or module in before:  # a module may have put another tensor there, or one more
                 module._buffers.clear()
-                module._buffers.update(buffers)  # a module may have put another tensor there, or one more
+                module._buffers.update(before.get(module, {}))
         with torch.no_grad():
             for buffer, value in copies.items():
                 if not torch.equal(buffer, value):  # not by version: batch norm does not count what it writes

@@ -23,11 +23,11 @@ __all__ = ["place", "refuse_ignored", "setters_at"]
 
 def place(module: nn.Module, where: str, taps: Sequence[Tap]) -> RemovableHandle:
     """Hook a module: its taps meet what it gives out, or takes in where ``where`` is ``"input"``."""
-    taps = _in_order(taps)
     if where == "input":
-        return module.register_forward_pre_hook(partial(_into, taps), with_kwargs=True)
+        return module.register_forward_pre_hook(partial(_into, _in_order(taps)), with_kwargs=True)
     if len(taps) == 1:
         return module.register_forward_hook(partial(_past, taps[0].meets))
+    taps = _in_order(taps)
     return module.register_forward_hook(lambda _module, _args, output: _through(taps, output))
 
 
@@ -37,8 +37,6 @@ def _in_order(taps: Sequence[Tap]) -> list[Tap]:
     A value that is both read and differentiated is differentiated first, so that what is done with the reading counts
     towards its gradient; and what is read where the pass stops is read before it does.
     """
-    if len(taps) == 1:
-        return list(taps)
     versions = accumulate(tap.turn == Turn.SET for tap in taps)
     rows = [((tap.turn == Turn.STOP, version, tap.turn), tap) for version, tap in zip(versions, taps, strict=True)]
     return [tap for _, tap in sorted(rows, key=lambda row: row[0])]

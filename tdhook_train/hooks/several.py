@@ -57,22 +57,32 @@ class Proxies:
 
 
 class _Member:
-    """The tap at one module: a proxy for each of the module's floating values, made as they appear."""
+    """The tap at one module: a proxy for each of the module's floating values, listed as they appear."""
+
+    __slots__ = ("all", "own", "path", "turn", "whole")
 
     def __init__(self, all_: Proxies, path: str) -> None:
         self.all, self.path, self.turn = all_, path, all_.turn
-        self.own: dict[Place, Proxy] = {}
+        self.whole = None if all_.items else all_.make(Site(path))  # for a module that gives out a bare tensor
+        self.own: dict[Place, Proxy] | None = None  # for one that gives out several
 
     def meets(self, value: Any, steps: Steps) -> Any:
-        if isinstance(value, Tensor) and not self.all.items:  # most are; told apart first, for speed
-            return (self.own.get(()) or self._make(())).meets(value, steps) if value.is_floating_point() else value
+        proxy = self.whole
+        if proxy is not None and isinstance(value, Tensor):
+            if not value.is_floating_point():
+                return value
+            if not proxy.calls:
+                self.all.found[self.path] = proxy
+            return proxy.meets(value, steps)
         for items in self._items(value):
-            value = (self.own.get(items) or self._make(items)).meets(value, steps)
+            value = self._at(items).meets(value, steps)
         return value
 
-    def _make(self, items: Place) -> Proxy:
-        site = Site(self.path, items)
-        self.own[items] = self.all.found[str(site)] = self.all.make(site)
+    def _at(self, items: Place) -> Proxy:
+        self.own = {} if self.own is None else self.own
+        if items not in self.own:
+            site = Site(self.path, items)
+            self.own[items] = self.all.found[str(site)] = self.all.make(site)
         return self.own[items]
 
     def _items(self, value: Any) -> Sequence[Place]:

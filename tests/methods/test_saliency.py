@@ -88,10 +88,17 @@ def test_a_target_of_several_features_is_refused():
         measured(Saliency(targets="output"), mlp(3, 8, 4), td_of(input=torch.randn(6, 3)))
 
 
+def cnn():
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2))
+
+
 @pytest.mark.parametrize("score", ["signed", "absolute"])
-def test_the_values_of_captum(score):
-    captum = pytest.importorskip("captum.attr", reason="captum is a peer: `make peers` installs it")
-    model, x = mlp(3, 8, 4), torch.randn(6, 3)
-    found = measured(Saliency(score=score, targets=("output", 2)), model, td_of(input=x))["attr", "input"]
-    expected = captum.Saliency(model).attribute(x.clone().requires_grad_(), target=2, abs=score == "absolute")
-    assert_close(found, expected)
+@pytest.mark.parametrize(("model", "shape"), [(mlp(4, 16, 16, 2), (12, 4)), (cnn(), (5, 2, 6, 6))], ids=["mlp", "cnn"])
+def test_the_values_of_captum(model, shape, score):
+    captum = pytest.importorskip("captum.attr", reason="captum is not installed; `make peers` runs this where it is")
+    x = torch.randn(shape)
+    both = measured(Saliency(targets=[("output", 0), ("output", 1)], score=score), model, td_of(input=x))
+    for target in (0, 1):
+        expected = captum.Saliency(model).attribute(x.clone().requires_grad_(), target=target, abs=score == "absolute")
+        assert expected.any()
+        assert_close(both["attr", "input"][:, target], expected)
