@@ -92,7 +92,7 @@ def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
         buffer: buffer.detach().clone()
         for buffers in before.values()
         for buffer in buffers.values()
-        if buffer is not None
+        if buffer is not None and not buffer.is_meta  # which holds nothing
     }
     try:
         yield

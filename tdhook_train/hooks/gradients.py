@@ -179,9 +179,10 @@ def differentiate(objective: Objective, output: TensorDictBase | None, wanted: S
 
 
 def _several(objective: Objective) -> list[Any] | None:
-    if isinstance(objective, Mapping):
-        return list(objective.values())
-    return objective if isinstance(objective, list) else None
+    found = list(objective.values()) if isinstance(objective, Mapping) else objective
+    if found == []:
+        raise TargetError("backward() was given no target to differentiate")
+    return found if isinstance(found, list) else None
 
 
 def _number(objective: Any, output: TensorDictBase | None) -> Tensor:

@@ -203,6 +203,7 @@ class HookedModel:
         Raises:
             PathError: it names no module.
         """
+        (selector,) = self._inside([selector])
         if isinstance(selector, str) and not is_pattern(selector):
             path = parse(selector).module
             return [(path, module_at(self.module, path))]

@@ -179,8 +179,12 @@ class Run:
         def make(site: Site) -> Proxy:
             return kind(site, what, call, batch, keep=keep)
 
-        proxy = Proxies(path, make, kind.turn) if is_pattern(path) else make(parse(str(path)))
-        for name, module in self._open.chosen(path):
+        chosen = self._open.chosen(path)
+        if isinstance(path, str) and not is_pattern(path):
+            proxy: Proxy | Proxies = make(Site(chosen[0][0], parse(path).items))
+        else:
+            proxy = Proxies(path, make, kind.turn)
+        for name, module in chosen:
             self._add(module, where, proxy if isinstance(proxy, Proxy) else proxy.at(name))
         self._proxies.append(proxy)
         return proxy

@@ -26,14 +26,12 @@ __all__ = [
     "Stopped",
     "Tap",
     "Turn",
-    "Value",
     "Where",
     "in_graph",
 ]
 
 Call = int | Literal["all"]
 Where = torch.device | torch.dtype | str
-Value = "Tensor | Proxy | Callable[[Tensor], Tensor]"
 
 
 with torch.inference_mode(False):

@@ -215,6 +215,7 @@ def test_each_call_of_a_module_has_its_own_gradient_in_the_order_of_the_calls():
     [
         ("outputs", TargetError, "backward\\(\\) of 'outputs', which is no output; did you mean 'output'"),
         (("output", 7), TargetError, r"backward\(\) of \('output', 7\): the output has shape \(4, 2\)"),
+        ([], TargetError, "was given no target to differentiate"),
         (lambda out: 3.0, TargetError, "differentiates one number, got float"),
         ([lambda out: out["output"]], TargetError, r"one number, got shape \(4, 2\); sum it, or give a list"),
     ],

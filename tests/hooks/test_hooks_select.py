@@ -110,6 +110,9 @@ def test_a_network_with_a_name_answers_to_it_and_lets_other_names_pass():
     assert hooked.sites("actor.0") == hooked.sites("0") == ("0",)
     assert hooked.sites(("actor.**", "critic.**")) == ("0", "1", "2", "3", "4")
     assert hooked.sites("critic.0") == ()
+    with hooked.run(rows(torch.randn(4, 3))) as run:
+        one, many = run.get("actor.0"), run.get("actor.*")
+    assert torch.equal(one.resolve(), many.resolve()["0"])
     assert hooked.has("actor.**")
     assert not hooked.has("critic.0")
 
