@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tdhook_train.hooks import HookedModel
-from tdhook_train.method import Method, Seen
+from tdhook_train.method import Edit, Method, Seen
 from tdhook_train.schedule import At, Budget, Every, Geometric, When
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ __all__ = [
     "ArtifactBuffer",
     "At",
     "Budget",
+    "Edit",
     "Every",
     "Geometric",
     "HookedModel",
