@@ -202,7 +202,7 @@ class Method(ABC):
     def prepare(
         self,
         model: nn.Module,
-        in_keys: Sequence[NestedKey] | None = None,
+        in_keys: Sequence[NestedKey] | Mapping[NestedKey, str] | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> Iterator[Prepared]:
         """Put the method on a model by hand: ``with method.prepare(model) as hooked: td = hooked(td)``.

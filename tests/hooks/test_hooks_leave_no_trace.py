@@ -200,9 +200,9 @@ def test_a_finished_pass_keeps_nothing_alive(ends):
             run.set("3", fails if ends == "in an error" else lambda h: h)
             run.backward("output")
         hidden = [weakref.ref(one) for one in (*value.found, *grad.found)]
-        watched = [weakref.ref(one) for one in (model, hooked, td, x)]
+        watched = [weakref.ref(one) for one in (model, hooked, td, x, model[0].weight)]  # a graph would hold the weight
         del model, hooked, td, x
-        assert [ref() for ref in watched] == [None] * 4  # the pass and its values are still at hand
+        assert [ref() for ref in watched] == [None] * 5  # the pass and its values are still at hand
         del run, value, grad, every, feeding
         assert [ref() for ref in hidden] == [None] * len(hidden)
     finally:
