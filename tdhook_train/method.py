@@ -241,12 +241,15 @@ class Prepared:
         with in_place(self.model.module, seed=0):
             self.model.trace(inputs_below(td, self.method.reads[0], self.model) if self.method.reads else td)
             values, outputs = self._look(td)
-            seen = replace(Seen(td.copy().update(outputs), values), **known)
+            read = [path_of(key) for key in self.model.in_keys]  # stays as it was given: methods run the model on it
+            leaves = outputs.items(include_nested=True, leaves_only=True)
+            given = {key: value for key, value in leaves if path_of(key) not in read}
+            seen = replace(Seen(td.copy().update(given), values), **known)
             artifacts = self.method.measure(seen, self.model)
         shared = dict(artifacts.items(include_nested=True, leaves_only=True))
         batched = all(v.shape[: td.batch_dims] == td.batch_size for v in shared.values())
         out = seen.batch if batched else TensorDict(dict(seen.batch.items()), batch_size=[])
-        return out.update(TensorDict(shared, batch_size=out.batch_size))
+        return out.update(outputs).update(TensorDict(shared, batch_size=out.batch_size))
 
     def _look(self, td: TensorDictBase) -> tuple[Mapping[str, Tensor], TensorDictBase]:
         if self.method.reads and not all(key in td.keys(include_nested=True) for key in self.model.in_keys):

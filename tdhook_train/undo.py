@@ -7,7 +7,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Undo", "devices_of", "kept_buffers", "kept_rng", "parts_of"]
@@ -92,7 +94,7 @@ def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
         buffer: buffer.detach().clone()
         for buffers in before.values()
         for buffer in buffers.values()
-        if buffer is not None and not buffer.is_meta  # which holds nothing
+        if buffer is not None and not buffer.is_meta and not is_lazy(buffer)  # which hold nothing
     }
     try:
         yield
@@ -101,7 +103,15 @@ def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
             if module._buffers or module in before:  # a module may have put another tensor there, or one more
                 module._buffers.clear()
                 module._buffers.update(before.get(module, {}))
-        with torch.no_grad():
+        with ExitStack() as each:  # all of them, whatever one of them raises
             for buffer, value in copies.items():
-                if not torch.equal(buffer, value):  # not by version: batch norm does not count what it writes
-                    buffer.copy_(value)
+                each.callback(_put_back, buffer, value)
+
+
+def _put_back(buffer: Tensor, value: Tensor) -> None:
+    if buffer.shape != value.shape:
+        buffer.data = value
+    elif buffer.layout is not torch.strided or not torch.equal(buffer, value):
+        # by value, not by version: batch norm does not count what it writes, and a graph that waits must not notice
+        with torch.no_grad(), _unsafe_preserve_version_counter(buffer):
+            buffer.copy_(value)

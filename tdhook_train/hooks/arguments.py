@@ -49,13 +49,16 @@ class Arguments:
             self[0] = batch
 
     def _place(self, name: int | str) -> int | str:
-        if name == 0 and not self.args:
-            return next(iter(self.kwargs))
-        if isinstance(name, str) and name not in self.kwargs:
-            parameters = list(inspect.signature(self._module.forward).parameters)
-            place = parameters.index(name) if name in parameters else len(self.args)
-            return place if place < len(self.args) else name
-        return name
+        if name in self.kwargs or (isinstance(name, int) and name < len(self.args)):
+            return name
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(self._module.forward).parameters.values()
+        places = [parameter.name for parameter in parameters if parameter.kind in kinds]
+        if isinstance(name, int):  # given by keyword: the place is the one in the signature
+            given = [place for place in places if place in self.kwargs] or list(self.kwargs)
+            return given[0] if name == 0 else places[name]
+        place = places.index(name) if name in places else len(self.args)
+        return place if place < len(self.args) else name
 
     def _batch(self) -> Any:
         first = self[0]

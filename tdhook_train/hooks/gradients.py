@@ -39,15 +39,17 @@ class _Node:
         somebody's leaf, or need no gradient; and what works in place after it could take it out of the graph.
         """
         tensor = pick(output, tap.site)
-        if id(tensor) in steps:  # of another tap at this place: they see the gradient in the order in which they stand
-            return replace(steps[id(tensor)], onward=output)
+        if (
+            id(tensor) in steps.nodes
+        ):  # of another tap at this place: they see the gradient in the order in which they stand
+            return replace(steps.nodes[id(tensor)], onward=output)
         members = Members.of(tensor, tap.batch)
         if not tensor.is_floating_point():
             raise TargetError(f"{tap.where} does not exist: the value is {tensor.dtype}")
         value = in_graph(tensor if members is None else members.raw)
         onward = value if members is None else members.hidden(members.seen(value))
-        steps[id(onward)] = cls(value, members, put(output, tap.site.items, onward))
-        return steps[id(onward)]
+        steps.nodes[id(onward)] = cls(value, members, put(output, tap.site.items, onward, steps.given))
+        return steps.nodes[id(onward)]
 
     def watch(self, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Call ``function`` with each gradient that comes back here, members first; what it returns goes on."""
@@ -88,13 +90,20 @@ class GradientProxy(Proxy):
     watches: list[_Watch] = field(default_factory=list)
     targets: list[list[Tensor]] = field(default_factory=list)  # target -> call -> gradient
     handles: list[RemovableHandle] = field(default_factory=list)
+    wanted: bool = False  # whether anything is differentiated in this pass
+    dark: bool = False  # whether the module ran where gradients are off although they were wanted
 
     def _why_absent(self) -> str:
+        if self.dark:
+            return ": gradients are off where its module runs (torch.no_grad, or reentrant checkpointing)"
         return " was never asked for: call run.backward(...)" if self.calls else super()._why_absent()
 
     def meets(self, value: Any, steps: Steps) -> Any:
         """Watch the gradient of this call."""
-        if not self.takes() or not torch.is_grad_enabled():
+        if not self.takes():
+            return value
+        if not torch.is_grad_enabled():
+            self.dark = self.wanted
             return value
         node = _Node.at(value, self, steps)
         watch = _Watch(get_gradient_edge(node.value), node.like())
@@ -140,6 +149,9 @@ class GradientSetter(Setter):
         self.handles.append(node.watch(self.changed))
         return node.onward
 
+    def _takes_again(self) -> bool:
+        return False  # the graph is the one of the first time
+
     def why_ignored(self) -> str:
         """Say why no gradient was bent."""
         if self.calls and (self.call == "all" or self.call < self.calls):
@@ -158,8 +170,16 @@ def proxies_of(objective: Objective) -> list[Proxy]:
     return [one for one in _several(objective) or [objective] if isinstance(one, Proxy)]
 
 
-def differentiate(objective: Objective, output: TensorDictBase | None, wanted: Sequence[GradientProxy]) -> None:
+def differentiate(
+    objective: Objective, output: TensorDictBase | None, wanted: Sequence[GradientProxy], *, keep_graph: bool
+) -> None:
     """Read the gradients of every target, one backward pass each over the one graph.
+
+    Args:
+        objective: what is differentiated.
+        output: of the pass; None where it was stopped.
+        wanted: the gradients to read.
+        keep_graph: whether somebody differentiates through the pass later.
 
     Raises:
         TargetError: a target is not one number, or the pass was stopped before the outputs that it needs.
@@ -170,7 +190,7 @@ def differentiate(objective: Objective, output: TensorDictBase | None, wanted: S
     further = any(not proxy.keep.detach for proxy in wanted)
     for i, total in enumerate(totals):
         if edges and total.requires_grad:
-            again = further or i < len(totals) - 1
+            again = keep_graph or further or i < len(totals) - 1
             torch.autograd.grad(total, edges, retain_graph=again, create_graph=further, allow_unused=True)
         for proxy in wanted:
             proxy.collect()
@@ -194,6 +214,8 @@ def _number(objective: Any, output: TensorDictBase | None) -> Tensor:
         raise TargetError("backward() needs the outputs, but the pass was stopped before them")
     else:
         total = objective(output) if callable(objective) else _sum_of(objective, output)
+    if isinstance(total, Tensor) and not total.is_floating_point() and not total.is_complex():
+        raise TargetError(f"backward() differentiates a floating-point number, got {total.dtype}")
     if not isinstance(total, Tensor) or total.numel() != 1:
         given = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
         raise TargetError(f"backward() differentiates one number, got {given}; sum it, or give a list of targets")

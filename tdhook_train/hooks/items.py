@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -66,13 +66,21 @@ def pick(value: Any, site: Site) -> Tensor:
     )
 
 
-def put(value: Any, items: Place, new: Tensor) -> Any:
-    """Return ``value`` with the tensor at ``items`` replaced, everything else as it was."""
+def put(value: Any, items: Place, new: Tensor, given: tuple[Any, ...] = ()) -> Any:
+    """Return ``value`` with the tensor at ``items`` replaced, everything else as it was.
+
+    A copy, unless the value is one of ``given``: a module that writes into the mapping that it was called with (as
+    TensorDictModules do) has callers that go on with theirs.
+    """
     items = _way(value, items)
     if not items:
         return new
     name, *rest = items
-    return _with(value, name, put(_child(value, name), tuple(rest), new))
+    part = put(_child(value, name), tuple(rest), new)
+    if isinstance(value, MutableMapping) and any(value is one for one in given):
+        value[_key(value, name)] = part
+        return value
+    return _with(value, name, part)
 
 
 def _way(value: Any, items: Place) -> Place:
@@ -105,5 +113,5 @@ def _key(value: Any, name: int | str) -> int | str:
     if isinstance(name, str) and hasattr(value, "_fields"):
         return value._fields.index(name)
     if isinstance(name, int) and isinstance(value, Mapping) and name not in value:
-        return list(value)[name]
+        return str(name) if str(name) in value else list(value)[name]
     return name

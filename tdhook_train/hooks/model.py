@@ -17,7 +17,7 @@ from tdhook_train.hooks.items import tensor_items
 from tdhook_train.hooks.paths import Selection, Selector, chooser, is_pattern, module_at, parse, selectors, shown, walk
 from tdhook_train.hooks.place import place, refuse_ignored, setters_at
 from tdhook_train.hooks.run import Run
-from tdhook_train.hooks.trace import TracedSite, eager, select, trace
+from tdhook_train.hooks.trace import TracedSite, select, trace
 from tdhook_train.hooks.unwrap import unwrapped
 from tdhook_train.keys import dotted, path_of
 from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng, parts_of
@@ -60,15 +60,14 @@ class HookedModel:
         name: str = "",
     ) -> None:
         self.module, self._call = unwrapped(model)
-        self._given = model
         self.name = name
         self._speaks_tensordict = isinstance(self.module, TensorDictModuleBase)
         own: tuple[Any, Any] = (["input"], ["output"])
         if isinstance(self.module, TensorDictModuleBase):
             own = (self.module.in_keys, self.module.out_keys)
         self._keywords = dict(in_keys) if isinstance(in_keys, Mapping) else {}
-        self.in_keys: list[NestedKey] = list(in_keys or own[0])
-        self.out_keys: list[NestedKey] = list(out_keys or own[1])
+        self.in_keys: list[NestedKey] = [in_keys] if isinstance(in_keys, str) else list(in_keys or own[0])
+        self.out_keys: list[NestedKey] = [out_keys] if isinstance(out_keys, str) else list(out_keys or own[1])
         self._trace: tuple[TracedSite, ...] | None = None
         self._selected: dict[tuple[Selector, ...], tuple[str, ...]] = {}
 
@@ -83,22 +82,24 @@ class HookedModel:
         """Describe one pass in a ``with`` block: see :class:`Run`."""
         return Run(self, inputs)
 
-    def forward(self, inputs: TensorDictBase, *, batched: bool = True) -> TensorDictBase:
+    def forward(self, inputs: TensorDictBase, *, batched: bool = True, lend: bool = False) -> TensorDictBase:
         """Run the model on a copy of its inputs: it may work in place on what it is given.
 
         Args:
             inputs: holds ``in_keys``.
             batched: False where the outputs will not have the batch size of the inputs.
+            lend: copy an input only when the model writes to it; for passes that nothing is kept of.
         """
         if not isinstance(inputs, TensorDictBase):
             example = f"TensorDict({self.in_keys[0]}=x, batch_size=[len(x)])"
             raise SettingsError(f"{self.title} takes a TensorDict, e.g. {example}; got {type(inputs).__name__}")
-        given = {key: _lent(inputs.get(key, None)) for key in self.in_keys}
+        copied = _lent if lend else _copied
+        given = {key: copied(inputs.get(key, None)) for key in self.in_keys}
         self._refuse_missing(given, inputs)
         td = inputs.copy() if batched else _unbatched(inputs.copy())
         with _layer_by_layer(self._kinds):
             if not self._speaks_tensordict:
-                positional = [value for key, value in given.items() if key not in self._keywords]
+                positional = [given[key] for key in self.in_keys if key not in self._keywords]
                 return self._write(td, self._call(*positional, **{n: given[k] for k, n in self._keywords.items()}))
             td = self._call(td.update(given))
         for key, value in given.items():
@@ -151,7 +152,8 @@ class HookedModel:
         with Undo() as undo:
             handles = undo.hooks()
             if edits:
-                undo.enter_context(eager(self._given.modules()))
+                undo.enter_context(torch.compiler.set_stance("force_eager"))  # also of what was compiled around it
+                undo.enter_context(_unfused(self._kinds))
                 handles.append(self.module.register_forward_pre_hook(lambda *_: ran.append(None)))
             for module, setter in (pair for pairs in placed.values() for pair in pairs):
                 handles.append(place(module, "output", [setter]))
@@ -262,10 +264,17 @@ def _unbatched(td: TensorDictBase) -> TensorDictBase:
     return TensorDict(dict(td.items()), batch_size=[])
 
 
+def _copied(value: Any) -> Any:
+    return value.clone() if hasattr(value, "clone") else value
+
+
 def _lent(value: Any) -> Any:
-    """Lend a value of the caller's to a model that may write to it: copied when it does, and only then."""
+    """Lend a value of the caller's to a model that may write to it: copied when it does, and only then.
+
+    Not for a value of which something outlives the pass: the caller's tensor would be moved when written to next.
+    """
     if not isinstance(value, Tensor):
-        return value.clone() if hasattr(value, "clone") else value
+        return _copied(value)
     try:
         return value._lazy_clone()
     except RuntimeError:  # memory that torch did not allocate: NumPy's, shared, mapped
@@ -279,16 +288,21 @@ def _layer_by_layer(kinds: set[type[nn.Module]]) -> Iterator[None]:
     torch's attention layers have a fast path for evaluation that passes their inner modules by, and gives padded
     positions other values; cuDNN's recurrent layers refuse a backward pass in evaluation mode.
     """
-    attends = torch.backends.mha.get_fastpath_enabled() and any(issubclass(kind, _ATTENTION) for kind in kinds)
     recurs = torch.is_grad_enabled() and any(issubclass(kind, nn.RNNBase) for kind in kinds)
-    with torch.backends.cudnn.flags(enabled=False) if recurs else nullcontext():
-        try:
-            if attends:
-                torch.backends.mha.set_fastpath_enabled(False)
-            yield
-        finally:
-            if attends:
-                torch.backends.mha.set_fastpath_enabled(True)
+    with _unfused(kinds), torch.backends.cudnn.flags(enabled=False) if recurs else nullcontext():
+        yield
+
+
+@contextmanager
+def _unfused(kinds: set[type[nn.Module]]) -> Iterator[None]:
+    attends = torch.backends.mha.get_fastpath_enabled() and any(issubclass(kind, _ATTENTION) for kind in kinds)
+    try:
+        if attends:
+            torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        if attends:
+            torch.backends.mha.set_fastpath_enabled(True)
 
 
 _ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoder)

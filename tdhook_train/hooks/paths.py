@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from tdhook_train.errors import PathError, SettingsError, did_you_mean
 
@@ -115,7 +116,7 @@ def _matches(pattern: tuple[str, ...], name: tuple[str, ...]) -> bool:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module holds no other."""
-    return not module._modules or all(part is None for part in module._modules.values())
+    return isinstance(module, nn.MultiheadAttention) or not any(True for _ in _parts(module))  # its parts never run
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -128,14 +129,20 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         path, module = waiting.pop()
         if isinstance(module, _Scripted):
             continue
-        parts = module._modules
-        if _COMPILED in parts:
+        if _COMPILED in module._modules:
             waiting.append((path, _behind(module)))
             continue
         yield path, module
-        if parts:
+        if module._modules:
             start = f"{path}." if path else ""
-            waiting += [(start + name, part) for name, part in reversed(parts.items()) if part is not None]
+            waiting += reversed([(start + name, part) for name, part in _parts(module)])
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules in a module; what computes its weights is none of them."""
+    for name, part in module._modules.items():
+        if part is not None and not (name == "parametrizations" and is_parametrized(module)):
+            yield name, part
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:

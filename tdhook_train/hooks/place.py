@@ -13,12 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from tdhook_train.errors import SetterError
 from tdhook_train.hooks.arguments import Arguments
 from tdhook_train.hooks.paths import Selector, Site, parse, shown
-from tdhook_train.hooks.tap import Setter, Steps, Tap, Turn
+from tdhook_train.hooks.tap import Setter, Steps, Stop, Tap, Turn
 
 if TYPE_CHECKING:
     from tdhook_train.hooks.model import HookedModel
 
-__all__ = ["place", "refuse_ignored", "setters_at"]
+__all__ = ["place", "refuse_ignored", "refuse_unreached", "setters_at"]
 
 
 def place(module: nn.Module, where: str, taps: Sequence[Tap]) -> RemovableHandle:
@@ -28,7 +28,7 @@ def place(module: nn.Module, where: str, taps: Sequence[Tap]) -> RemovableHandle
     if len(taps) == 1:
         return module.register_forward_hook(partial(_past, taps[0].meets))
     taps = _in_order(taps)
-    return module.register_forward_hook(lambda _module, _args, output: _through(taps, output))
+    return module.register_forward_hook(lambda _module, args, output: _through(taps, args, output))
 
 
 def _in_order(taps: Sequence[Tap]) -> list[Tap]:
@@ -43,7 +43,7 @@ def _in_order(taps: Sequence[Tap]) -> list[Tap]:
 
 
 def _into(taps: list[Tap], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given: Arguments | None = _through(taps, Arguments(module, args, kwargs))
+    given: Arguments | None = _through(taps, (), Arguments(module, args, kwargs))
     return given and (given.args, given.kwargs)
 
 
@@ -55,17 +55,31 @@ def setters_at(
     return [(module, kind(Site(path, items), value=value, **how)) for path, module in model.chosen(selector)]
 
 
-def _past(meets: Callable[[Any, Steps], Any], _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-    onward = meets(output, {})
+def _past(meets: Callable[[Any, Steps], Any], _module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    onward = meets(output, Steps(args))
     return None if onward is output else onward
 
 
-def _through(taps: list[Tap], value: Any) -> Any:
+def _through(taps: list[Tap], args: tuple[Any, ...], value: Any) -> Any:
     """Pass a module's value through its taps in order; return the new value, or None where nothing was set."""
-    onward, steps = value, Steps()
+    onward, steps = value, Steps(args)
     for tap in taps:
         onward = tap.meets(onward, steps)
     return None if onward is value else onward
+
+
+def refuse_unreached(stops: list[Stop]) -> None:
+    """Raise where a pass that should have stopped ran to its end.
+
+    Raises:
+        SetterError: the module never ran, or not that often.
+    """
+    for stop in stops:
+        if not stop.reached:
+            raise SetterError(
+                f"the pass did not stop at {str(stop.site)!r}: its module ran {stop.calls} time(s), not call "
+                f"{stop.call}"
+            )
 
 
 def refuse_ignored(selector: Selector, setters: list[Setter]) -> None:

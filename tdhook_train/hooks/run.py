@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from tensordict import TensorDictBase
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tdhook_train.errors import PathError, ResolveError
 from tdhook_train.hooks.gradients import GradientProxy, GradientSetter, Objective, differentiate, proxies_of
 from tdhook_train.hooks.paths import Selector, Site, is_pattern, parse, shown
-from tdhook_train.hooks.place import place, refuse_ignored, setters_at
+from tdhook_train.hooks.place import place, refuse_ignored, refuse_unreached, setters_at
 from tdhook_train.hooks.several import Proxies
 from tdhook_train.hooks.tap import COPY, Call, Keep, Proxy, Setter, Stop, Stopped, Tap, Where
 from tdhook_train.hooks.trace import eager
@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Run"]
 
-Reduce = Callable[[Tensor], Tensor]
+
+class Kept(TypedDict, total=False):
+    """What every ``get`` takes beside its place: see :class:`Run`."""
+
+    to: Where | None
+    reduce: Callable[[Tensor], Tensor] | None
+    detach: bool
 
 
 class Run:
@@ -54,59 +60,28 @@ class Run:
         self._taps: dict[tuple[nn.Module, str], list[Tap]] = {}  # (module, "output" or "input") -> taps as written
         self._proxies: list[Proxy | Proxies] = []
         self._set: list[tuple[Selector, list[Setter]]] = []
+        self._stops: list[Stop] = []
         self._objective: Objective = None
         self._keeps_graph = False
         self._output: TensorDictBase | None = None
 
     # ------------------------------------------------------------------ what to do
 
-    def get(
-        self,
-        path: Selector,
-        *,
-        call: Call = 0,
-        to: Where | None = None,
-        reduce: Reduce | None = None,
-        detach: bool = True,
-    ) -> Proxy:
+    def get(self, path: Selector, *, call: Call = 0, **keep: Unpack[Kept]) -> Proxy:
         """Read what the module at ``path`` gives out, at one of its calls or at ``"all"``."""
-        return self._read(path, Proxy, "output", "output", (call, _keep(to, reduce, detach)))
+        return self._read(path, Proxy, ("output", "output"), call, keep)
 
-    def get_input(
-        self,
-        path: Selector,
-        *,
-        call: Call = 0,
-        to: Where | None = None,
-        reduce: Reduce | None = None,
-        detach: bool = True,
-    ) -> Proxy:
+    def get_input(self, path: Selector, *, call: Call = 0, **keep: Unpack[Kept]) -> Proxy:
         """Read the first argument of the module at ``path`` (``path:1`` the second, ``path:name`` one by name)."""
-        return self._read(path, Proxy, "input", "input", (call, _keep(to, reduce, detach)))
+        return self._read(path, Proxy, ("input", "input"), call, keep)
 
-    def get_grad(
-        self,
-        path: Selector,
-        *,
-        call: Call = 0,
-        to: Where | None = None,
-        reduce: Reduce | None = None,
-        detach: bool = True,
-    ) -> Proxy:
+    def get_grad(self, path: Selector, *, call: Call = 0, **keep: Unpack[Kept]) -> Proxy:
         """Read the gradient of what :meth:`backward` differentiates with respect to the module's output."""
-        return self._read(path, GradientProxy, "gradient", "output", (call, _keep(to, reduce, detach)))
+        return self._read(path, GradientProxy, ("gradient", "output"), call, keep)
 
-    def get_input_grad(
-        self,
-        path: Selector,
-        *,
-        call: Call = 0,
-        to: Where | None = None,
-        reduce: Reduce | None = None,
-        detach: bool = True,
-    ) -> Proxy:
+    def get_input_grad(self, path: Selector, *, call: Call = 0, **keep: Unpack[Kept]) -> Proxy:
         """Read the gradient with respect to the module's first argument; the path ``""`` is the model itself."""
-        return self._read(path, GradientProxy, "gradient", "input", (call, _keep(to, reduce, detach)))
+        return self._read(path, GradientProxy, ("gradient", "input"), call, keep)
 
     def set(self, path: Selector, value: Any, *, call: Call = 0, copies: int | None = None) -> None:
         """Replace what the module at ``path`` gives out.
@@ -140,7 +115,9 @@ class Run:
         if is_pattern(path):
             raise PathError(f"{shown(path)} names many modules; a pass stops at one")
         site = parse(path)
-        self._add(self._open.module_of(site.module), "output", Stop(site, call=call))
+        stop = Stop(site, call=call)
+        self._add(self._open.module_of(site.module), "output", stop)
+        self._stops.append(stop)
 
     def backward(self, objective: Objective) -> None:
         """Differentiate; parameters' ``.grad`` is not touched.
@@ -171,9 +148,8 @@ class Run:
         # by module, not by path: a shared module is one place, whichever of its names is used
         self._taps.setdefault((module, where), []).append(tap)
 
-    def _read(self, path: Selector, kind: type[Proxy], what: str, where: str, how: tuple[Call, Keep]) -> Any:
-        call, keep = how
-        batch = self._batch
+    def _read(self, path: Selector, kind: type[Proxy], place: tuple[str, str], call: Call, kept: Kept) -> Any:
+        (what, where), batch, keep = place, self._batch, Keep(**kept) if kept else COPY
         self._keeps_graph |= not keep.detach and kind is Proxy
 
         def make(site: Site) -> Proxy:
@@ -214,7 +190,7 @@ class Run:
             for tap in (*self._proxies, *(tap for _, setters in self._set for tap in setters)):
                 tap.finish()
             self._model = self._inputs = self._objective = None  # a finished run keeps nothing alive
-            self._taps, self._proxies, self._set = {}, [], []
+            self._taps, self._proxies, self._set, self._stops = {}, [], [], []
 
     def _execute(self, model: HookedModel) -> None:
         differentiates = self._objective is not None
@@ -227,12 +203,20 @@ class Run:
                 handles.append(place(module, where, taps))
             batched = not any(setter.copies for _, setters in self._set for setter in setters)
             try:
-                output = model.forward(self._inputs, batched=batched)
+                output = model.forward(self._inputs, batched=batched, lend=not graph)
+                refuse_unreached(self._stops)
             except Stopped:
                 output = None
             if differentiates:
-                differentiate(self._objective, output, [p for p in self._singly() if isinstance(p, GradientProxy)])
-        self._output = None if output is None else _outside(output)
+                self._differentiate(output)
+            self._output = None if output is None else _outside(output, model.module)
+
+    def _differentiate(self, output: TensorDictBase | None) -> None:
+        proxies = list(self._singly())
+        for tap in (*proxies, *(setter for _, setters in self._set for setter in setters)):
+            tap.again = True
+        wanted = [proxy for proxy in proxies if isinstance(proxy, GradientProxy)]
+        differentiate(self._objective, output, wanted, keep_graph=self._keeps_graph)
 
     def _singly(self) -> Iterator[Proxy]:
         for proxy in self._proxies:
@@ -243,10 +227,9 @@ class Run:
         for proxy in (*proxies_of(self._objective), *values):
             if isinstance(proxy, Proxy) and not proxy.done:
                 proxy.feeds = True
-
-
-def _keep(to: Where | None, reduce: Reduce | None, detach: bool) -> Keep:
-    return COPY if to is None and reduce is None and detach else Keep(to, reduce, detach)
+        for proxy in self._singly():
+            if isinstance(proxy, GradientProxy):
+                proxy.wanted = self._objective is not None
 
 
 @contextmanager
@@ -261,8 +244,14 @@ def _untouched(model: HookedModel, *, graph: bool) -> Iterator[Undo]:
         yield undo
 
 
-def _outside(output: TensorDictBase) -> TensorDictBase:
-    """Take the outputs out of the graph, and out of inference mode, where nothing could be done with them later."""
+def _outside(output: TensorDictBase, model: nn.Module) -> TensorDictBase:
+    """Take the outputs out of the graph, and out of inference mode, where nothing could be done with them later.
+
+    An output that is a buffer of the model, which is put back after the pass, is copied.
+    """
+    held = {buffer.data_ptr() for buffer in model.buffers() if buffer.layout is torch.strided}
+    if held:
+        output = output.apply(lambda value: value.clone() if value.data_ptr() in held else value)
     if not torch.is_inference_mode_enabled():
         attached = any(value.requires_grad for value in output.values(include_nested=True, leaves_only=True))
         return output.detach() if attached else output

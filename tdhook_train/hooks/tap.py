@@ -34,16 +34,22 @@ Call = int | Literal["all"]
 Where = torch.device | torch.dtype | str
 
 
-with torch.inference_mode(False):
-    _ROOT = torch.zeros((), requires_grad=True)  # where the graph of a frozen pass begins
+class Steps:
+    """What the taps of one call of a module share."""
 
-Steps = dict[int, Any]  # what the taps of one call of a module have put into the graph, by id of the tensor there
+    __slots__ = ("given", "nodes")
+
+    def __init__(self, given: tuple[Any, ...]) -> None:
+        self.given = given  # what the module was called with
+        self.nodes: dict[int, Any] = {}  # what they have put into the graph, by id of the tensor there
 
 
 def in_graph(tensor: Tensor) -> Tensor:
     """Copy a floating tensor as a step of the graph, which begins here where nothing before it needs a gradient."""
-    # not requires_grad_(), which vmap refuses; adding the root promotes no dtype and crosses devices, since it is 0-dim
-    return tensor.clone() if tensor.requires_grad else tensor.detach() + _ROOT
+    if tensor.requires_grad:
+        return tensor.clone()
+    # not requires_grad_(), which vmap refuses; less a zero, since that leaves -0.0 as it is, and adding one does not
+    return tensor.detach() - torch.zeros((), dtype=tensor.dtype, device=tensor.device, requires_grad=True)
 
 
 class Turn(IntEnum):
@@ -80,7 +86,7 @@ class Keep:
         Raises:
             SetterError: the reduction changed the value in place, or gave no tensor.
         """
-        if value.is_inference():  # what is kept is used later, also where gradients are wanted
+        if torch.is_inference_mode_enabled():  # what is kept is used later, also where gradients are wanted
             with torch.inference_mode(False):
                 return self._copy(value, tap)
         return self._copy(value.detach() if self.detach else value, tap)
@@ -112,11 +118,17 @@ class _Counted:
     call: Call = 0
     batch: tuple[int, ...] = ()  # size of the pass's batch
     calls: int = 0
+    again: bool = False  # the forward pass is over; a module that still runs is computed again (checkpointing)
 
     def takes(self) -> bool:
         """Count one call of the module and say whether this is the call that was asked for."""
+        if self.again:
+            return self._takes_again()
         self.calls += 1
         return self.call == self.calls - 1 or self.call == "all"
+
+    def _takes_again(self) -> bool:
+        return False  # it was met the first time
 
     @property
     def where(self) -> str:
@@ -154,12 +166,12 @@ class Proxy(_Counted):
         ran = f"ran {self.calls} time(s)" if self.calls else "never ran in this pass"
         return f", call {self.call}: its module {ran}"
 
-    def meets(self, value: Any, steps: Steps) -> Any:  # noqa: ARG002 - those of gradients use them
+    def meets(self, value: Any, steps: Steps) -> Any:
         """Keep the value; where its graph is kept too, what goes on is a copy that nothing later can write to."""
         if not self.takes():
             return value
         tensor = value if isinstance(value, Tensor) and not self.site.items else pick(value, self.site)
-        if self.keep is COPY and not (self.feeds or tensor.is_inference() or Members.are_in(tensor)):
+        if self.keep is COPY and not (self.feeds or torch.is_inference_mode_enabled() or Members.are_in(tensor)):
             self.found.append(tensor.detach().clone())  # as below, without the steps that would do nothing
             return value
         members = Members.of(tensor, self.batch)
@@ -172,7 +184,7 @@ class Proxy(_Counted):
         root = in_graph(seen)
         self.found.append(root if self.keep == Keep(detach=False) else self.keep.of(root, self))
         onward = root.clone()
-        return put(value, self.site.items, onward if members is None else members.hidden(onward))
+        return put(value, self.site.items, onward if members is None else members.hidden(onward), steps.given)
 
     def finish(self) -> None:
         """Let go of what only the pass needed."""
@@ -190,9 +202,11 @@ class Setter(_Counted):
     copies: int | None = None
     applied: int = 0
 
-    def meets(self, value: Any, steps: Steps) -> Any:  # noqa: ARG002 - those of gradients use them
+    def meets(self, value: Any, steps: Steps) -> Any:
         """Put the new value in the old one's place."""
-        return put(value, self.site.items, self.changed(pick(value, self.site))) if self.takes() else value
+        if not self.takes():
+            return value
+        return put(value, self.site.items, self.changed(pick(value, self.site)), steps.given)
 
     def changed(self, before: Tensor) -> Tensor:
         """Return the new value for ``before``, refusing whatever would be ignored or would not fit.
@@ -227,8 +241,8 @@ class Setter(_Counted):
             raise SetterError(f"setting {self.where}: {proxy.where} does not exist yet, it comes later")
         if not proxy.done:
             return values[-1]
-        if proxy.call == "all" and self.applied < len(values):
-            return values[self.applied]  # call by call
+        if proxy.call == "all" and self.calls <= len(values):
+            return values[self.calls - 1]  # call by call
         return proxy.resolve()
 
     def _fitted(self, value: Tensor, before: Tensor) -> Tensor:
@@ -244,6 +258,15 @@ class Setter(_Counted):
             if given != needed:
                 raise SetterError(f"setting {self.where}: {name} {given} was given where the module has {needed}")
         return value.clone()  # what comes after may work in place, and the value may be somebody's
+
+    def _takes_again(self) -> bool:
+        """Do again what was done: backward must find the activations of the forward pass."""
+        if self.call != "all" and self.calls > 1:
+            raise SetterError(
+                f"setting {self.where}: its module ran {self.calls} times and runs again on the way back (activation "
+                'checkpointing), where its calls cannot be told apart; set call="all"'
+            )
+        return self.applied > 0
 
     def why_ignored(self) -> str:
         """Say why the value was never used."""
@@ -261,10 +284,12 @@ class Stop(_Counted):
     """The end of the pass."""
 
     turn = Turn.STOP
+    reached = False
 
-    def meets(self, value: Any, steps: Steps) -> Any:  # noqa: ARG002 - those of gradients use them
+    def meets(self, value: Any, steps: Steps) -> Any:  # noqa: ARG002 - as every tap
         """End the pass here, at the call that was asked for."""
         if self.takes():
+            self.reached = True
             raise Stopped
         return value
 

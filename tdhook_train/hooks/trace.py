@@ -36,7 +36,10 @@ class TracedSite:
 
 def eager(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
     """Run without compiled code, in which hooks never fire; what was compiled stays, and is not compiled again."""
-    compiled = any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in modules)
+    compiled = any(
+        part._compiled_call_impl is not None or "_orig_mod" in part._modules or "forward" in part.__dict__
+        for part in modules
+    )
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 
 from tdhook_train.errors import NetworkError
 from tdhook_train.isolation.networks import Network
@@ -35,12 +36,24 @@ def private_copy(module: nn.Module) -> nn.Module:
     hooks = [getattr(part, name) for part in module.modules() for name in _HOOKS if hasattr(part, name)]
     with torch.random.fork_rng(devices=[]):
         try:
-            twin = copy.deepcopy(module, {id(hook): OrderedDict() for hook in hooks})
+            twin = copy.deepcopy(module, {id(hook): _own(hook) for hook in hooks} | _computed(module))
         except (RuntimeError, TypeError) as error:
             raise NetworkError(f"{type(module).__name__} cannot be copied for observation: {error}") from error
     for part in twin.modules():
         part._compiled_call_impl = None
     return twin.eval().requires_grad_(False)
+
+
+def _own(hooks: dict[int, Any]) -> OrderedDict[int, Any]:
+    """Copy the hooks that are part of a network: those by which torch computes a weight (spectral_norm, pruning)."""
+    own = {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")}
+    return OrderedDict((key, copy.deepcopy(hook)) for key, hook in own.items())
+
+
+def _computed(module: nn.Module) -> dict[int, Tensor]:
+    """Copy what a module keeps of its last call, such as a weight that a hook computed; deepcopy refuses graphs."""
+    kept = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    return {id(value): value.detach().clone() for value in kept if not value.is_leaf}
 
 
 class Shadow:

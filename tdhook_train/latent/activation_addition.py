@@ -39,6 +39,8 @@ class ActivationAddition(Method):
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Run both sides and subtract."""
+        if not seen.batch.batch_dims:
+            raise SettingsError("ActivationAddition averages over the batch, but the TensorDict has batch_size=[]")
         sites = model.sites(self.layers)
         plus, minus = (look(model, inputs_below(seen.batch, side, model), sites)[0] for side in self.reads)
         batch = range(seen.batch.batch_dims)

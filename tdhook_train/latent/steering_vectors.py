@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel, Selection, Site
@@ -42,9 +42,9 @@ class SteeringVectors(Edit):
 
     def edits(self, model: HookedModel) -> Mapping[Selector, Any]:
         """Put the function at every layer, under its own path."""
-        chosen: dict[Selector, Any] = {}
+        chosen: dict[tuple[nn.Module, Any], str] = {}  # a shared layer is steered once
         for selector in selectors(self.layers):
             items = parse(selector).items if isinstance(selector, str) else ()
-            sites = [str(Site(path, items)) for path in model.paths(selector)]
-            chosen |= {site: partial(self.steer_fn, site) for site in sites if self.steer_fn}
-        return chosen
+            for path, module in model.chosen(selector):
+                chosen.setdefault((module, items), str(Site(path, items)))
+        return {site: partial(cast(Any, self.steer_fn), site) for site in chosen.values()}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torch.nn.utils import prune
 from torchrl.modules import ActorValueOperator, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 
@@ -18,6 +19,10 @@ def counted(module):
     for part in module.modules():
         part.register_forward_hook(lambda *_: calls.append(1))
     return calls
+
+
+def _pruned(layer):
+    return prune.random_unstructured(layer, "weight", amount=3)
 
 
 @pytest.mark.parametrize("name", ["ppo", "ppo, not functional"])
@@ -148,3 +153,16 @@ def test_a_module_that_cannot_be_copied_is_refused():
     model.lock = threading.Lock()
     with pytest.raises(NetworkError, match="Linear cannot be copied for observation: cannot pickle"):
         Shadow(Network("", model, lambda: None))
+
+
+@pytest.mark.parametrize("make", [nn.utils.spectral_norm, nn.utils.weight_norm, _pruned])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_weights_that_a_hook_of_torchs_computes_follow_the_live_ones(make):
+    model, x = nn.Sequential(make(nn.Linear(3, 3))).eval(), torch.randn(2, 3)
+    model(x)
+    shadow = Shadow(networks(model)[""])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(torch.tensor([[1.0], [2.0], [3.0]]) if parameter.ndim == 2 else 2.0)
+    shadow.refresh()
+    assert torch.equal(shadow.module(x), model(x).detach())

@@ -8,7 +8,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.testing import assert_close
 
-from tdhook_train.attribution import Saliency
+from tdhook_train.attribution import IntegratedGradients, Saliency
 from tdhook_train.errors import KeyMissingError, SettingsError, TargetError
 
 
@@ -68,6 +68,16 @@ def test_images_keep_their_shape_and_rows_are_spread_evenly():
     every = measured(Saliency(), model, td_of(input=x))
     assert found["attr", "input"].shape == (3, 2, 2, 4, 4)
     assert_close(found["attr", "input"], every["attr", "input"][[0, 3, 6]])
+
+
+@pytest.mark.parametrize("kind", [Saliency, IntegratedGradients])
+def test_what_is_explained_are_the_inputs_also_where_the_model_writes_over_them(kind):
+    layer, x = nn.Linear(3, 3), torch.randn(4, 3)
+    model = TensorDictModule(layer, ["x"], ["x"])
+    out = measured(kind(targets=("x", 0)), model, td_of(x=x))
+    weight = layer.weight[0].detach().expand(4, 3)
+    assert_close(out["attr", "x"], weight * x if kind is IntegratedGradients else weight)
+    assert_close(out["x"], layer(x).detach())
 
 
 def test_tdhooks_own_form_of_targets():

@@ -55,6 +55,20 @@ def test_sides_that_are_missing_or_do_not_fit_are_named():
         measured(ActivationAddition("0"), model, contrast(torch.zeros(1, 2).long(), torch.zeros(1, 4).long()))
 
 
+def test_a_batch_without_a_size_has_nothing_to_average_over():
+    td = TensorDict({"positive": {"input": torch.ones(2, 3)}, "negative": {"input": torch.zeros(2, 3)}}, [])
+    with pytest.raises(SettingsError, match=r"averages over the batch, but the TensorDict has batch_size=\[\]"):
+        measured(ActivationAddition("0"), mlp(3, 5, 2), td)
+
+
+def test_a_shared_layer_is_steered_once():
+    layer = nn.Linear(3, 3)
+    model, x = nn.Sequential(layer, nn.Tanh(), layer), torch.randn(4, 3)
+    with SteeringVectors(["0", "2", nn.Linear], steer_fn=lambda _, h: h + 1).prepare(model):
+        out = model(x)
+    assert_close(out, layer(torch.tanh(layer(x) + 1)) + 1)
+
+
 def test_an_observer_records_the_direction(tmp_path):
     model, td = mlp(3, 5, 2), batch()
     with Observer({"steer": ActivationAddition(nn.Linear)}, when=At(0), into=tmp_path / "run") as observer:
