@@ -124,18 +124,18 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     The wrappers of torch.compile are left out, and so is what is scripted, which takes no hooks.
     """
-    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    waiting: list[tuple[str, nn.Module, tuple[nn.Module, ...]]] = [("", model, ())]
     while waiting:
-        path, module = waiting.pop()
+        path, module, above = waiting.pop()
         if isinstance(module, _Scripted):
             continue
         if _COMPILED in module._modules:
-            waiting.append((path, _behind(module)))
+            waiting.append((path, _behind(module), above))
             continue
         yield path, module
         if module._modules:
-            start = f"{path}." if path else ""
-            waiting += reversed([(start + name, part) for name, part in _parts(module)])
+            start, above = f"{path}." if path else "", (module, *above)  # a module may hold one that holds it
+            waiting += reversed([(start + name, part, above) for name, part in _parts(module) if part not in above])
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -311,3 +311,11 @@ def test_a_parameter_captured_in_inference_mode_can_be_used_later():
 def test_one_key_may_be_given_as_text():
     hooked = HookedModel(nn.Linear(3, 2), in_keys="obs", out_keys="q")
     assert hooked(rows(torch.randn(4, 3), "obs"))["q"].shape == (4, 2)
+
+
+def test_a_module_that_is_held_by_one_that_it_holds():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    model[1].owner = model
+    with HookedModel(model).run(rows(torch.randn(2, 3))) as run:
+        every = run.get(nn.Linear)
+    assert tuple(every.resolve()) == ("0",)
