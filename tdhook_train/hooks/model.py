@@ -97,7 +97,8 @@ class HookedModel:
         given = {key: copied(inputs.get(key, None)) for key in self.in_keys}
         self._refuse_missing(given, inputs)
         td = inputs.copy() if batched else _unbatched(inputs.copy())
-        with _layer_by_layer(self._kinds):
+        attends, recurs = self._fused
+        with _layer_by_layer(attends=attends, recurs=recurs) if attends or recurs else nullcontext():
             if not self._speaks_tensordict:
                 positional = [given[key] for key in self.in_keys if key not in self._keywords]
                 return self._write(td, self._call(*positional, **{n: given[k] for k, n in self._keywords.items()}))
@@ -116,8 +117,12 @@ class HookedModel:
                 )
 
     @cached_property
-    def _kinds(self) -> set[type[nn.Module]]:
-        return {type(part) for part in parts_of(self.module)}
+    def _fused(self) -> tuple[bool, bool]:
+        """Whether there is attention, and whether there are recurrent layers."""
+        parts = parts_of(self.module)
+        kinds = ((nn.MultiheadAttention, nn.TransformerEncoder), nn.RNNBase)
+        attends, recurs = (any(isinstance(part, kind) for part in parts) for kind in kinds)
+        return attends, recurs
 
     def _write(self, td: TensorDictBase, output: Any) -> TensorDictBase:
         values = tuple(output) if type(output) in (tuple, list) else (output,)
@@ -153,7 +158,7 @@ class HookedModel:
             handles = undo.hooks()
             if edits:
                 undo.enter_context(torch.compiler.set_stance("force_eager"))  # also of what was compiled around it
-                undo.enter_context(_unfused(self._kinds))
+                undo.enter_context(_layer_by_layer(attends=self._fused[0], recurs=False))
                 handles.append(self.module.register_forward_pre_hook(lambda *_: ran.append(None)))
             for module, setter in (pair for pairs in placed.values() for pair in pairs):
                 handles.append(place(module, "output", [setter]))
@@ -282,27 +287,18 @@ def _lent(value: Any) -> Any:
 
 
 @contextmanager
-def _layer_by_layer(kinds: set[type[nn.Module]]) -> Iterator[None]:
+def _layer_by_layer(*, attends: bool, recurs: bool) -> Iterator[None]:
     """Leave out the fused kernels that do not take hooks or gradients.
 
     torch's attention layers have a fast path for evaluation that passes their inner modules by, and gives padded
     positions other values; cuDNN's recurrent layers refuse a backward pass in evaluation mode.
     """
-    recurs = torch.is_grad_enabled() and any(issubclass(kind, nn.RNNBase) for kind in kinds)
-    with _unfused(kinds), torch.backends.cudnn.flags(enabled=False) if recurs else nullcontext():
-        yield
-
-
-@contextmanager
-def _unfused(kinds: set[type[nn.Module]]) -> Iterator[None]:
-    attends = torch.backends.mha.get_fastpath_enabled() and any(issubclass(kind, _ATTENTION) for kind in kinds)
-    try:
-        if attends:
-            torch.backends.mha.set_fastpath_enabled(False)
-        yield
-    finally:
-        if attends:
-            torch.backends.mha.set_fastpath_enabled(True)
-
-
-_ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoder)
+    fast = attends and torch.backends.mha.get_fastpath_enabled()
+    with torch.backends.cudnn.flags(enabled=False) if recurs and torch.is_grad_enabled() else nullcontext():
+        try:
+            if fast:
+                torch.backends.mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            if fast:
+                torch.backends.mha.set_fastpath_enabled(True)

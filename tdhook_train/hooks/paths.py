@@ -116,7 +116,7 @@ def _matches(pattern: tuple[str, ...], name: tuple[str, ...]) -> bool:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module holds no other."""
-    return isinstance(module, nn.MultiheadAttention) or not any(True for _ in _parts(module))  # its parts never run
+    return not module._modules or isinstance(module, nn.MultiheadAttention) or not _parts(module)  # its parts never run
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -135,14 +135,16 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
         if module._modules:
             start, above = f"{path}." if path else "", (module, *above)  # a module may hold one that holds it
-            waiting += reversed([(start + name, part, above) for name, part in _parts(module) if part not in above])
+            parts = [(start + name, part, above) for name, part in _parts(module) if part not in above]
+            parts.reverse()
+            waiting += parts
 
 
-def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules in a module; what computes its weights is none of them."""
-    for name, part in module._modules.items():
-        if part is not None and not (name == "parametrizations" and is_parametrized(module)):
-            yield name, part
+def _parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules in a module; what computes its weights is none of them."""
+    parts = module._modules
+    computed = "parametrizations" in parts and is_parametrized(module)
+    return [(name, p) for name, p in parts.items() if p is not None and not (computed and name == "parametrizations")]
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:

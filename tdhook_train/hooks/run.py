@@ -197,7 +197,8 @@ class Run:
         graph = differentiates or self._keeps_graph
         if graph:
             self._mark_what_feeds()
-        with _untouched(model, graph=graph) as undo:
+        parts = parts_of(model.module)
+        with _untouched(parts, graph=graph) as undo:
             handles = undo.hooks()
             for (module, where), taps in self._taps.items():
                 handles.append(place(module, where, taps))
@@ -209,7 +210,7 @@ class Run:
                 output = None
             if differentiates:
                 self._differentiate(output)
-            self._output = None if output is None else _outside(output, model.module)
+            self._output = None if output is None else _outside(output, parts)
 
     def _differentiate(self, output: TensorDictBase | None) -> None:
         proxies = list(self._singly())
@@ -233,23 +234,23 @@ class Run:
 
 
 @contextmanager
-def _untouched(model: HookedModel, *, graph: bool) -> Iterator[Undo]:
+def _untouched(parts: list[nn.Module], *, graph: bool) -> Iterator[Undo]:
     """Run eagerly, with or without a graph, and find hooks, buffers and random states as before."""
     inference = torch.is_inference_mode_enabled() and not graph
     with Undo() as undo, torch.inference_mode(inference), torch.set_grad_enabled(graph):
-        parts = parts_of(model.module)
         undo.enter_context(kept_rng(devices_of(parts)))
         undo.enter_context(kept_buffers(parts))
         undo.enter_context(eager(parts))
         yield undo
 
 
-def _outside(output: TensorDictBase, model: nn.Module) -> TensorDictBase:
+def _outside(output: TensorDictBase, parts: list[nn.Module]) -> TensorDictBase:
     """Take the outputs out of the graph, and out of inference mode, where nothing could be done with them later.
 
     An output that is a buffer of the model, which is put back after the pass, is copied.
     """
-    held = {buffer.data_ptr() for buffer in model.buffers() if buffer.layout is torch.strided}
+    buffers = [b for part in parts if part._buffers for b in part._buffers.values() if b is not None]
+    held = {buffer.data_ptr() for buffer in buffers if buffer.layout is torch.strided}
     if held:
         output = output.apply(lambda value: value.clone() if value.data_ptr() in held else value)
     if not torch.is_inference_mode_enabled():
