@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tdhook_train.errors import KeyMissingError, PathError, SettingsError, did_you_mean
 from tdhook_train.hooks.items import tensor_items
+from tdhook_train.hooks.kernels import layer_by_layer
 from tdhook_train.hooks.paths import Selection, Selector, chooser, is_pattern, module_at, parse, selectors, shown, walk
 from tdhook_train.hooks.place import place, refuse_ignored, setters_at
 from tdhook_train.hooks.run import Run
@@ -98,7 +99,7 @@ class HookedModel:
         self._refuse_missing(given, inputs)
         td = inputs.copy() if batched else _unbatched(inputs.copy())
         attends, recurs = self._fused
-        with _layer_by_layer(attends=attends, recurs=recurs) if attends or recurs else nullcontext():
+        with layer_by_layer(attends=attends, recurs=recurs) if attends or recurs else nullcontext():
             if not self._speaks_tensordict:
                 positional = [given[key] for key in self.in_keys if key not in self._keywords]
                 return self._write(td, self._call(*positional, **{n: given[k] for k, n in self._keywords.items()}))
@@ -158,7 +159,7 @@ class HookedModel:
             handles = undo.hooks()
             if edits:
                 undo.enter_context(torch.compiler.set_stance("force_eager"))  # also of what was compiled around it
-                undo.enter_context(_layer_by_layer(attends=self._fused[0], recurs=False))
+                undo.enter_context(layer_by_layer(attends=self._fused[0], recurs=False))
                 handles.append(self.module.register_forward_pre_hook(lambda *_: ran.append(None)))
             for module, setter in (pair for pairs in placed.values() for pair in pairs):
                 handles.append(place(module, "output", [setter]))
@@ -284,21 +285,3 @@ def _lent(value: Any) -> Any:
         return value._lazy_clone()
     except RuntimeError:  # memory that torch did not allocate: NumPy's, shared, mapped
         return value.clone()
-
-
-@contextmanager
-def _layer_by_layer(*, attends: bool, recurs: bool) -> Iterator[None]:
-    """Leave out the fused kernels that do not take hooks or gradients.
-
-    torch's attention layers have a fast path for evaluation that passes their inner modules by, and gives padded
-    positions other values; cuDNN's recurrent layers refuse a backward pass in evaluation mode.
-    """
-    fast = attends and torch.backends.mha.get_fastpath_enabled()
-    with torch.backends.cudnn.flags(enabled=False) if recurs and torch.is_grad_enabled() else nullcontext():
-        try:
-            if fast:
-                torch.backends.mha.set_fastpath_enabled(False)
-            yield
-        finally:
-            if fast:
-                torch.backends.mha.set_fastpath_enabled(True)

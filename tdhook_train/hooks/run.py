@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from tdhook_train.errors import PathError, ResolveError
 from tdhook_train.hooks.gradients import GradientProxy, GradientSetter, Objective, differentiate, proxies_of
+from tdhook_train.hooks.kernels import eager
 from tdhook_train.hooks.paths import Selector, Site, is_pattern, parse, shown
 from tdhook_train.hooks.place import place, refuse_ignored, refuse_unreached, setters_at
 from tdhook_train.hooks.several import Proxies
 from tdhook_train.hooks.tap import COPY, Call, Keep, Proxy, Setter, Stop, Stopped, Tap, Where
-from tdhook_train.hooks.trace import eager
 from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng, parts_of
 
 if TYPE_CHECKING:

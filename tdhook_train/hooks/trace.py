@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 
 from tdhook_train.errors import PathError, did_you_mean
 from tdhook_train.hooks.items import floating_items
+from tdhook_train.hooks.kernels import eager
 from tdhook_train.hooks.paths import Selector, Site, chooser, is_leaf, is_pattern, parse, shown, walk
 from tdhook_train.undo import Undo
 
-__all__ = ["TracedSite", "eager", "select", "trace"]
+__all__ = ["TracedSite", "select", "trace"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,6 @@ class TracedSite:
     def kind(self) -> str:
         """Class name of the module."""
         return type(self.module).__name__
-
-
-def eager(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
-    """Run without compiled code, in which hooks never fire; what was compiled stays, and is not compiled again."""
-    compiled = any(
-        part._compiled_call_impl is not None or "_orig_mod" in part._modules or "forward" in part.__dict__
-        for part in modules
-    )
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def trace(model: nn.Module, call: Callable[[], Any]) -> tuple[TracedSite, ...]:

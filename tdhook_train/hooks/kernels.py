@@ -1,0 +1,39 @@
+"""Code that hooks do not reach, left out while a pass runs: compiled graphs and fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["eager", "layer_by_layer"]
+
+
+def eager(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+    """Run without compiled code, in which hooks never fire; what was compiled stays, and is not compiled again."""
+    compiled = any(
+        part._compiled_call_impl is not None or "_orig_mod" in part._modules or "forward" in part.__dict__
+        for part in modules
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+@contextmanager
+def layer_by_layer(*, attends: bool, recurs: bool) -> Iterator[None]:
+    """Leave out the fused kernels that do not take hooks or gradients.
+
+    torch's attention layers have a fast path for evaluation that passes their inner modules by, and gives padded
+    positions other values; cuDNN's recurrent layers refuse a backward pass in evaluation mode.
+    """
+    fast = attends and torch.backends.mha.get_fastpath_enabled()
+    with torch.backends.cudnn.flags(enabled=False) if recurs and torch.is_grad_enabled() else nullcontext():
+        try:
+            if fast:
+                torch.backends.mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            if fast:
+                torch.backends.mha.set_fastpath_enabled(True)
