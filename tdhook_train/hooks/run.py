@@ -84,7 +84,9 @@ class Run:
         return self._read(path, GradientProxy, ("gradient", "input"), call, keep)
 
     def set(self, path: Selector, value: Any, *, call: Call = 0, copies: int | None = None) -> None:
-        """Replace what the module at ``path`` gives out.
+        """Replace what the module at ``path`` gives out: in what it returns, or in the mapping that it was called with.
+
+        A caller that drops what an in-place module returns, and goes on with the tensor it passed in, goes on unchanged.
 
         Args:
             path: the site; with a pattern, class or predicate, every module that it names.
