@@ -86,7 +86,7 @@ class Run:
     def set(self, path: Selector, value: Any, *, call: Call = 0, copies: int | None = None) -> None:
         """Replace what the module at ``path`` gives out: in what it returns, or in the mapping that it was called with.
 
-        A caller that drops what an in-place module returns, and goes on with the tensor it passed in, goes on unchanged.
+        A caller that drops what an in-place module returns, and goes on with the tensor it passed in, does not see it.
 
         Args:
             path: the site; with a pattern, class or predicate, every module that it names.
