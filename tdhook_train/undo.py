@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Undo", "devices_of", "kept_buffers", "kept_rng", "parts_of"]
+__all__ = ["Undo", "devices_of", "kept_buffers", "kept_rng", "parts_of", "remove_all"]
 
 _ABSENT = object()
 
@@ -31,7 +31,7 @@ class Undo(ExitStack):
     def hooks(self) -> list[RemovableHandle]:
         """Return a list; the hooks whose handles are put on it are removed on the way back."""
         handles: list[RemovableHandle] = []
-        self.callback(_remove, handles)
+        self.callback(remove_all, handles)
         return handles
 
     def set(self, owner: Any, name: str, value: Any) -> None:
@@ -44,7 +44,8 @@ class Undo(ExitStack):
             self.callback(setattr, owner, name, before)
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
+def remove_all(handles: list[RemovableHandle]) -> None:
+    """Remove hooks, and empty the list of their handles."""
     while handles:
         handles.pop().remove()
 
@@ -86,9 +87,8 @@ def kept_rng(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 @contextmanager
-def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+def kept_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Put buffers back on the way out: the same tensors, holding the same values, and no others."""
-    modules = list(modules)
     before = {module: dict(module._buffers) for module in modules if module._buffers}
     copies = {
         buffer: buffer.detach().clone()

@@ -17,6 +17,7 @@ from tdhook_train.hooks.items import pick, put
 from tdhook_train.hooks.members import Members
 from tdhook_train.hooks.tap import Proxy, Setter, Steps, Turn, in_graph
 from tdhook_train.keys import dotted, split_key
+from tdhook_train.undo import remove_all
 
 __all__ = ["GradientProxy", "GradientSetter", "Objective", "differentiate", "proxies_of"]
 
@@ -39,9 +40,7 @@ class _Node:
         somebody's leaf, or need no gradient; and what works in place after it could take it out of the graph.
         """
         tensor = pick(output, tap.site)
-        if (
-            id(tensor) in steps.nodes
-        ):  # of another tap at this place: they see the gradient in the order in which they stand
+        if id(tensor) in steps.nodes:  # another tap's: those of one place see its gradient in the order written
             return replace(steps.nodes[id(tensor)], onward=output)
         members = Members.of(tensor, tap.batch)
         if not tensor.is_floating_point():
@@ -90,20 +89,16 @@ class GradientProxy(Proxy):
     watches: list[_Watch] = field(default_factory=list)
     targets: list[list[Tensor]] = field(default_factory=list)  # target -> call -> gradient
     handles: list[RemovableHandle] = field(default_factory=list)
-    wanted: bool = False  # whether anything is differentiated in this pass
-    dark: bool = False  # whether the module ran where gradients are off although they were wanted
+    asked: bool = False  # whether anything was differentiated in this pass
 
     def _why_absent(self) -> str:
-        if self.dark:
+        if self.asked and self.reached:
             return ": gradients are off where its module runs (torch.no_grad, or reentrant checkpointing)"
         return " was never asked for: call run.backward(...)" if self.calls else super()._why_absent()
 
     def meets(self, value: Any, steps: Steps) -> Any:
         """Watch the gradient of this call."""
-        if not self.takes():
-            return value
-        if not torch.is_grad_enabled():
-            self.dark = self.wanted
+        if not self.takes() or not torch.is_grad_enabled():
             return value
         node = _Node.at(value, self, steps)
         watch = _Watch(get_gradient_edge(node.value), node.like())
@@ -122,15 +117,14 @@ class GradientProxy(Proxy):
 
     def settle(self, *, many: bool) -> None:
         """Make the values: one a call, with a leading dimension of targets where there are several."""
-        calls = zip(*self.targets, strict=True)
+        self.asked, calls = True, zip(*self.targets, strict=True)
         self.found = [torch.stack(gradients) if many else gradients[0] for gradients in calls]
 
     def finish(self) -> None:
         """Let go of the graph."""
         super().finish()
-        for handle in self.handles:
-            handle.remove()
-        self.watches, self.targets, self.handles = [], [], []
+        remove_all(self.handles)
+        self.watches, self.targets = [], []
 
 
 @dataclass
@@ -154,15 +148,13 @@ class GradientSetter(Setter):
 
     def why_ignored(self) -> str:
         """Say why no gradient was bent."""
-        if self.calls and (self.call == "all" or self.call < self.calls):
+        if self.reached:
             return "no gradient came back through it; read one with run.get_grad(...) and call run.backward(...)"
         return super().why_ignored()
 
     def finish(self) -> None:
         """Leave a graph that somebody keeps as it would have been."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        remove_all(self.handles)
 
 
 def proxies_of(objective: Objective) -> list[Proxy]:

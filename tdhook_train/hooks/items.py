@@ -55,7 +55,7 @@ def pick(value: Any, site: Site) -> Tensor:
     try:
         for item in _way(value, site.items):
             found = _child(found, item)
-    except (AttributeError, KeyError, IndexError, StopIteration, TypeError, ValueError):
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         found = None
     if isinstance(found, Tensor):
         return found

@@ -1,4 +1,4 @@
-"""Code that hooks do not reach, left out while a pass runs: compiled graphs and fused kernels."""
+"""How a pass runs: without the compiled graphs and fused kernels that hooks do not reach, and without a trace."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["eager", "layer_by_layer"]
+from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng
+
+__all__ = ["layer_by_layer", "untouched"]
 
 
-def eager(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+def _eager(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
     """Run without compiled code, in which hooks never fire; what was compiled stays, and is not compiled again."""
     compiled = any(
         part._compiled_call_impl is not None or "_orig_mod" in part._modules or "forward" in part.__dict__
@@ -37,3 +39,14 @@ def layer_by_layer(*, attends: bool, recurs: bool) -> Iterator[None]:
         finally:
             if fast:
                 torch.backends.mha.set_fastpath_enabled(True)
+
+
+@contextmanager
+def untouched(parts: list[nn.Module], *, graph: bool) -> Iterator[Undo]:
+    """Run eagerly, with or without a graph, and find hooks, buffers and random states as before."""
+    inference = torch.is_inference_mode_enabled() and not graph
+    with Undo() as undo, torch.inference_mode(inference), torch.set_grad_enabled(graph):
+        undo.enter_context(kept_rng(devices_of(parts)))
+        undo.enter_context(kept_buffers(parts))
+        undo.enter_context(_eager(parts))
+        yield undo

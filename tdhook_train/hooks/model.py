@@ -21,7 +21,7 @@ from tdhook_train.hooks.run import Run
 from tdhook_train.hooks.trace import TracedSite, select, trace
 from tdhook_train.hooks.unwrap import unwrapped
 from tdhook_train.keys import dotted, path_of
-from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng, parts_of
+from tdhook_train.undo import Undo, parts_of
 
 __all__ = ["HookedModel"]
 
@@ -173,8 +173,7 @@ class HookedModel:
     def trace(self, inputs: TensorDictBase) -> tuple[TracedSite, ...]:
         """List the sites in the order in which they run; one pass without gradients, the first time only."""
         if self._trace is None:
-            with kept_rng(devices_of(self.module.modules())), kept_buffers(self.module.modules()):
-                self._trace = trace(self.module, lambda: self.forward(inputs))
+            self._trace = trace(self.module, lambda: self.forward(inputs))
         return self._trace
 
     @property
@@ -197,14 +196,6 @@ class HookedModel:
             self._selected[wanted] = select(self.traced, wanted, owner=self.title, strict=not self.name)
         return self._selected[wanted]
 
-    def paths(self, selector: Selector) -> tuple[str, ...]:
-        """Resolve one selector to the paths of modules, run or not, in the order of their registration.
-
-        Raises:
-            PathError: it names no module.
-        """
-        return tuple(path for path, _ in self.chosen(selector))
-
     def chosen(self, selector: Selector) -> list[tuple[str, nn.Module]]:
         """Resolve one selector to paths and modules, each module once, in the order of their registration.
 
@@ -226,7 +217,8 @@ class HookedModel:
 
     def has(self, selector: Selector) -> bool:
         """Whether a selector names a module, run or not; needs no trace."""
-        return any(chooser(one)(path, module) for one in self._inside(selector) for path, module in walk(self.module))
+        wanted = [chooser(one) for one in self._inside(selector)]
+        return any(means(path, module) for path, module in walk(self.module) for means in wanted)
 
     @property
     def title(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 
 from tdhook_train.errors import PathError, ResolveError
 from tdhook_train.hooks.gradients import GradientProxy, GradientSetter, Objective, differentiate, proxies_of
-from tdhook_train.hooks.kernels import eager
+from tdhook_train.hooks.kernels import untouched
 from tdhook_train.hooks.paths import Selector, Site, is_pattern, parse, shown
 from tdhook_train.hooks.place import place, refuse_ignored, refuse_unreached, setters_at
 from tdhook_train.hooks.several import Proxies
-from tdhook_train.hooks.tap import COPY, Call, Keep, Proxy, Setter, Stop, Stopped, Tap, Where
-from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng, parts_of
+from tdhook_train.hooks.tap import COPY, Call, Keep, Proxy, Setter, Stop, Stopped, Tap, Turn, Where
+from tdhook_train.undo import parts_of
 
 if TYPE_CHECKING:
     from tdhook_train.hooks.model import HookedModel
@@ -69,19 +68,19 @@ class Run:
 
     def get(self, path: Selector, *, call: Call = 0, **keep: Unpack[Kept]) -> Proxy:
         """Read what the module at ``path`` gives out, at one of its calls or at ``"all"``."""
-        return self._read(path, Proxy, ("output", "output"), call, keep)
+        return self._read(path, Proxy, "output", call, keep)
 
     def get_input(self, path: Selector, *, call: Call = 0, **keep: Unpack[Kept]) -> Proxy:
         """Read the first argument of the module at ``path`` (``path:1`` the second, ``path:name`` one by name)."""
-        return self._read(path, Proxy, ("input", "input"), call, keep)
+        return self._read(path, Proxy, "input", call, keep)
 
     def get_grad(self, path: Selector, *, call: Call = 0, **keep: Unpack[Kept]) -> Proxy:
         """Read the gradient of what :meth:`backward` differentiates with respect to the module's output."""
-        return self._read(path, GradientProxy, ("gradient", "output"), call, keep)
+        return self._read(path, GradientProxy, "output", call, keep)
 
     def get_input_grad(self, path: Selector, *, call: Call = 0, **keep: Unpack[Kept]) -> Proxy:
         """Read the gradient with respect to the module's first argument; the path ``""`` is the model itself."""
-        return self._read(path, GradientProxy, ("gradient", "input"), call, keep)
+        return self._read(path, GradientProxy, "input", call, keep)
 
     def set(self, path: Selector, value: Any, *, call: Call = 0, copies: int | None = None) -> None:
         """Replace what the module at ``path`` gives out: in what it returns, or in the mapping that it was called with.
@@ -98,19 +97,19 @@ class Run:
         Raises:
             PathError: the path names no module.
         """
-        self._write(path, Setter, ("output", "output"), value, call, copies=copies)
+        self._write(path, Setter, "output", value, call, copies=copies)
 
     def set_input(self, path: Selector, value: Any, *, call: Call = 0) -> None:
         """Replace the first argument of the module at ``path`` (``path:1`` the second, ``path:name`` one by name)."""
-        self._write(path, Setter, ("input", "input"), value, call)
+        self._write(path, Setter, "input", value, call)
 
     def set_grad(self, path: Selector, value: Any, *, call: Call = 0) -> None:
         """Replace the gradient on its way back through the module's output."""
-        self._write(path, GradientSetter, ("gradient", "output"), value, call)
+        self._write(path, GradientSetter, "output", value, call)
 
     def set_input_grad(self, path: Selector, value: Any, *, call: Call = 0) -> None:
         """Replace the gradient on its way back through the module's first argument."""
-        self._write(path, GradientSetter, ("gradient", "input"), value, call)
+        self._write(path, GradientSetter, "input", value, call)
 
     def stop(self, path: str, *, call: int = 0) -> None:
         """Run nothing after the module at ``path``."""
@@ -150,8 +149,8 @@ class Run:
         # by module, not by path: a shared module is one place, whichever of its names is used
         self._taps.setdefault((module, where), []).append(tap)
 
-    def _read(self, path: Selector, kind: type[Proxy], place: tuple[str, str], call: Call, kept: Kept) -> Any:
-        (what, where), batch, keep = place, self._batch, Keep(**kept) if kept else COPY
+    def _read(self, path: Selector, kind: type[Proxy], where: str, call: Call, kept: Kept) -> Any:
+        what, batch, keep = _what(kind, where), self._batch, Keep(**kept) if kept else COPY
         self._keeps_graph |= not keep.detach and kind is Proxy
 
         def make(site: Site) -> Proxy:
@@ -167,12 +166,11 @@ class Run:
         self._proxies.append(proxy)
         return proxy
 
-    def _write(
-        self, path: Selector, kind: type[Setter], what: tuple[str, str], value: Any, call: Call, **more: Any
-    ) -> None:
-        setters = setters_at(self._open, path, value, kind=kind, what=what[0], call=call, batch=self._batch, **more)
+    def _write(self, path: Selector, kind: type[Setter], where: str, value: Any, call: Call, **more: Any) -> None:
+        how = {"what": _what(kind, where), "call": call, "batch": self._batch} | more
+        setters = setters_at(self._open, path, value, kind=kind, **how)
         for module, setter in setters:
-            self._add(module, what[1], setter)
+            self._add(module, where, setter)
         self._set.append((path, [setter for _, setter in setters]))
 
     # ------------------------------------------------------------------ doing it
@@ -189,7 +187,7 @@ class Run:
                 for selector, setters in self._set:
                     refuse_ignored(selector, setters)
         finally:
-            for tap in (*self._proxies, *(tap for _, setters in self._set for tap in setters)):
+            for tap in (*self._proxies, *self._setters()):
                 tap.finish()
             self._model = self._inputs = self._objective = None  # a finished run keeps nothing alive
             self._taps, self._proxies, self._set, self._stops = {}, [], [], []
@@ -200,11 +198,11 @@ class Run:
         if graph:
             self._mark_what_feeds()
         parts = parts_of(model.module)
-        with _untouched(parts, graph=graph) as undo:
+        with untouched(parts, graph=graph) as undo:
             handles = undo.hooks()
             for (module, where), taps in self._taps.items():
                 handles.append(place(module, where, taps))
-            batched = not any(setter.copies for _, setters in self._set for setter in setters)
+            batched = not any(setter.copies for setter in self._setters())
             try:
                 output = model.forward(self._inputs, batched=batched, lend=not graph)
                 refuse_unreached(self._stops)
@@ -216,7 +214,7 @@ class Run:
 
     def _differentiate(self, output: TensorDictBase | None) -> None:
         proxies = list(self._singly())
-        for tap in (*proxies, *(setter for _, setters in self._set for setter in setters)):
+        for tap in (*proxies, *self._setters()):
             tap.again = True
         wanted = [proxy for proxy in proxies if isinstance(proxy, GradientProxy)]
         differentiate(self._objective, output, wanted, keep_graph=self._keeps_graph)
@@ -225,25 +223,17 @@ class Run:
         for proxy in self._proxies:
             yield from (proxy,) if isinstance(proxy, Proxy) else proxy.found.values()
 
+    def _setters(self) -> Iterator[Setter]:
+        return (setter for _, setters in self._set for setter in setters)
+
     def _mark_what_feeds(self) -> None:
-        values = [setter.value for _, setters in self._set for setter in setters]
-        for proxy in (*proxies_of(self._objective), *values):
+        for proxy in (*proxies_of(self._objective), *(setter.value for setter in self._setters())):
             if isinstance(proxy, Proxy) and not proxy.done:
                 proxy.feeds = True
-        for proxy in self._singly():
-            if isinstance(proxy, GradientProxy):
-                proxy.wanted = self._objective is not None
 
 
-@contextmanager
-def _untouched(parts: list[nn.Module], *, graph: bool) -> Iterator[Undo]:
-    """Run eagerly, with or without a graph, and find hooks, buffers and random states as before."""
-    inference = torch.is_inference_mode_enabled() and not graph
-    with Undo() as undo, torch.inference_mode(inference), torch.set_grad_enabled(graph):
-        undo.enter_context(kept_rng(devices_of(parts)))
-        undo.enter_context(kept_buffers(parts))
-        undo.enter_context(eager(parts))
-        yield undo
+def _what(kind: type[Proxy] | type[Setter], where: str) -> str:
+    return "gradient" if kind.turn is Turn.DIFFERENTIATE else where
 
 
 def _outside(output: TensorDictBase, parts: list[nn.Module]) -> TensorDictBase:

@@ -131,6 +131,11 @@ class _Counted:
         return False  # it was met the first time
 
     @property
+    def reached(self) -> bool:
+        """Whether the call that was asked for took place."""
+        return self.calls > 0 if self.call == "all" else 0 <= self.call < self.calls
+
+    @property
     def where(self) -> str:
         """Say what is tapped, for error messages."""
         return f"the {self.what} of {str(self.site)!r}"
@@ -284,17 +289,12 @@ class Stop(_Counted):
     """The end of the pass."""
 
     turn = Turn.STOP
-    reached = False
 
     def meets(self, value: Any, steps: Steps) -> Any:  # noqa: ARG002 - as every tap
         """End the pass here, at the call that was asked for."""
         if self.takes():
-            self.reached = True
             raise Stopped
         return value
-
-    def finish(self) -> None:
-        """Let go of nothing."""
 
 
 def _version(value: Tensor) -> int:

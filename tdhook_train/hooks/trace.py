@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from tensordict import is_tensor_collection
 from torch import Tensor, nn
 
 from tdhook_train.errors import PathError, did_you_mean
 from tdhook_train.hooks.items import floating_items
-from tdhook_train.hooks.kernels import eager
+from tdhook_train.hooks.kernels import untouched
 from tdhook_train.hooks.paths import Selector, Site, chooser, is_leaf, is_pattern, parse, shown, walk
-from tdhook_train.undo import Undo
+from tdhook_train.undo import parts_of
 
 __all__ = ["TracedSite", "select", "trace"]
 
@@ -27,11 +26,6 @@ class TracedSite:
     module: nn.Module = field(repr=False, compare=False)
     paths: tuple[str, ...]  # every name of the module, the site's own first
     previous: str | None  # site of the module whose output object was this module's input, if any
-
-    @property
-    def kind(self) -> str:
-        """Class name of the module."""
-        return type(self.module).__name__
 
 
 def trace(model: nn.Module, call: Callable[[], Any]) -> tuple[TracedSite, ...]:
@@ -56,7 +50,7 @@ def trace(model: nn.Module, call: Callable[[], Any]) -> tuple[TracedSite, ...]:
                 gave[id(tensor)] = str(site)
                 kept.append(tensor)
 
-    with Undo() as undo, torch.no_grad(), eager(model.modules()):
+    with untouched(parts_of(model), graph=False) as undo:
         handles = undo.hooks()
         for module in named:
             handles.append(module.register_forward_hook(hook))
@@ -83,7 +77,8 @@ def select(
     """
     chosen: dict[int, list[str]] = {}  # row -> the names it was asked for by
     for selector in layers:
-        found = [(i, name) for i, row in enumerate(rows) if (name := _name(row, selector)) is not None]
+        name_of = _naming(selector)
+        found = [(i, name) for i, row in enumerate(rows) if (name := name_of(row)) is not None]
         if not found and strict:
             known = [str(Site(path, row.site.items)) for row in rows for path in row.paths]
             near = did_you_mean(selector, known) if isinstance(selector, str) else ""
@@ -93,13 +88,16 @@ def select(
     return tuple(name for i in sorted(chosen) for name in dict.fromkeys(chosen[i]))
 
 
-def _name(row: TracedSite, selector: Selector) -> str | None:
-    """Return the name by which a selector means this row, or None where it does not."""
-    items = parse(selector).items if isinstance(selector, str) else ()
-    if row.site.items[: len(items)] != items:
-        return None
-    if isinstance(selector, str) and not is_pattern(selector):
-        path = parse(selector).module
-        return str(Site(path, row.site.items)) if path in row.paths else None
-    wanted = chooser(selector)
-    return str(row.site) if any(wanted(path, row.module) for path in row.paths) else None
+def _naming(selector: Selector) -> Callable[[TracedSite], str | None]:
+    """Return the name by which the selector means a row, or None where it does not."""
+    asked = parse(selector) if isinstance(selector, str) else Site("")
+    exact, wanted = not is_pattern(selector), chooser(selector)
+
+    def name_of(row: TracedSite) -> str | None:
+        if row.site.items[: len(asked.items)] != asked.items:
+            return None
+        if exact:
+            return str(Site(asked.module, row.site.items)) if asked.module in row.paths else None
+        return str(row.site) if any(wanted(path, row.module) for path in row.paths) else None
+
+    return name_of

@@ -26,13 +26,12 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Call]:
     """
     if not isinstance(model, nn.Module):
         raise NetworkError(f"expected a torch module, got {type(model).__name__}")
-    inner, call = model, None
+    inner, fabric = model, None
     while (step := _inside(inner)) is not None:
-        if _is(inner, "_FabricModule"):
-            call = _in_precision_of(inner)
+        fabric = inner if _is(inner, "_FabricModule") else fabric
         inner = step
     _refuse(inner)
-    return inner, _plain(inner) if call is None else call(inner)
+    return inner, inner if fabric is None else _in_precision_of(fabric, inner)
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
@@ -47,23 +46,16 @@ def _is(model: nn.Module, *names: str) -> bool:  # by name: neither Lightning no
     return any(kind.__name__ in names for kind in type(model).__mro__)
 
 
-def _plain(model: nn.Module) -> Call:
-    return model
-
-
-def _in_precision_of(fabric: Any) -> Callable[[nn.Module], Call]:
+def _in_precision_of(fabric: Any, model: nn.Module) -> Call:
     precision = fabric._strategy.precision
 
-    def inside(model: nn.Module) -> Call:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            args = tuple(precision.convert_input(arg) if isinstance(arg, Tensor) else arg for arg in args)
-            with precision.forward_context():
-                output = model(*args, **kwargs)
-            return precision.convert_output(output) if isinstance(output, Tensor) else output
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(precision.convert_input(arg) if isinstance(arg, Tensor) else arg for arg in args)
+        with precision.forward_context():
+            output = model(*args, **kwargs)
+        return precision.convert_output(output) if isinstance(output, Tensor) else output
 
-        return call
-
-    return inside
+    return call
 
 
 def _refuse(model: nn.Module) -> None:

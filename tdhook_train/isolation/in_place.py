@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from tdhook_train.undo import devices_of, kept_buffers, kept_rng
+from tdhook_train.undo import devices_of, kept_buffers, kept_rng, parts_of
 
 __all__ = ["in_place", "keep_rng"]
 
@@ -16,7 +16,7 @@ __all__ = ["in_place", "keep_rng"]
 @contextmanager
 def keep_rng(modules: Iterable[nn.Module], seed: int) -> Iterator[None]:
     """Seed the random states of the CPU and of every device in use, and put the old ones back."""
-    devices = devices_of(part for module in modules for part in module.modules())
+    devices = devices_of(part for module in modules for part in parts_of(module))
     with kept_rng(devices):
         # not torch.manual_seed, which seeds every GPU of the machine, also those whose state is not kept here
         torch.default_generator.manual_seed(seed)
@@ -34,11 +34,12 @@ def in_place(model: nn.Module, seed: int) -> Iterator[None]:
     Training flags are saved and restored per module, not by ``.train()``, which would wake a frozen BatchNorm.
     Buffers, gradients, ``requires_grad`` and random states return to what they were, on every way out.
     """
-    flags = [(module, module.training) for module in model.modules()]
+    parts = parts_of(model)
+    flags = [(module, module.training) for module in parts]
     kept: list[tuple[Tensor, Tensor | None, bool]] = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    with torch.inference_mode(False), keep_rng([model], seed), kept_buffers(module for module, _ in flags):
+    with torch.inference_mode(False), keep_rng([model], seed), kept_buffers(parts):
         try:
-            for module, _ in flags:
+            for module in parts:
                 module.training = False
             for parameter, _, _ in kept:
                 parameter.grad = None  # out of reach: a backward pass would add to it in place

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_train.errors import NetworkError
 from tdhook_train.isolation.networks import Network
+from tdhook_train.undo import kept_rng
 
 __all__ = ["Shadow", "private_copy"]
 
@@ -34,7 +35,7 @@ def private_copy(module: nn.Module) -> nn.Module:
     """
     # hooks are left out of the copy, not copied and cleared: they may hold what cannot or should not be copied
     hooks = [getattr(part, name) for part in module.modules() for name in _HOOKS if hasattr(part, name)]
-    with torch.random.fork_rng(devices=[]):
+    with kept_rng(()):
         try:
             twin = copy.deepcopy(module, {id(hook): _own(hook) for hook in hooks} | _computed(module))
         except (RuntimeError, TypeError) as error:

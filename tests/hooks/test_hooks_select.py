@@ -102,7 +102,7 @@ def test_a_leaf_that_works_in_place_and_the_container_it_ends_are_told_apart():
     hooked = traced(Cnn().eval(), torch.randn(4, 2, 4, 4))
     assert hooked.sites("**") == ("conv", "norm", "act", "head")
     assert [row.previous for row in hooked.traced] == [None, "conv", "norm", None, None]  # flatten stands between
-    assert [row.kind for row in hooked.traced] == ["Conv2d", "BatchNorm2d", "ReLU", "Linear", "Cnn"]
+    assert [hooked.kind(str(row.site)) for row in hooked.traced] == ["Conv2d", "BatchNorm2d", "ReLU", "Linear", "Cnn"]
 
 
 def test_a_network_with_a_name_answers_to_it_and_lets_other_names_pass():
