@@ -17,7 +17,7 @@ from tdhook_train.hooks import HookedModel
 from tdhook_train.hooks.paths import Selector, selectors, shown
 from tdhook_train.isolation import in_place
 from tdhook_train.keys import dotted, path_of
-from tdhook_train.ops.join import Labels, Measured, join
+from tdhook_train.ops.join import Labels, Measured, join, overlaid
 from tdhook_train.ops.targets import given_by, named, refuse_unknown
 from tdhook_train.schedule import Times
 
@@ -241,10 +241,7 @@ class Prepared:
         with in_place(self.model.module, seed=0):
             self.model.trace(inputs_below(td, self.method.reads[0], self.model) if self.method.reads else td)
             values, outputs = self._look(td)
-            read = [path_of(key) for key in self.model.in_keys]  # stays as it was given: methods run the model on it
-            leaves = outputs.items(include_nested=True, leaves_only=True)
-            given = {key: value for key, value in leaves if path_of(key) not in read}
-            seen = replace(Seen(td.copy().update(given), values), **known)
+            seen = replace(Seen(overlaid(td, {"": outputs}, "", self.model.in_keys), values), **known)
             artifacts = self.method.measure(seen, self.model)
         shared = dict(artifacts.items(include_nested=True, leaves_only=True))
         batched = all(v.shape[: td.batch_dims] == td.batch_size for v in shared.values())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import GroupsError, SettingsError
@@ -17,7 +17,7 @@ from tdhook_train.hooks import HookedModel
 from tdhook_train.method import Edit, Method, Part, Seen, look
 from tdhook_train.observer.sources import Source
 from tdhook_train.observer.subject import Subject
-from tdhook_train.ops.join import Measured, merge
+from tdhook_train.ops.join import Measured, merge, overlaid
 from tdhook_train.schedule import Times
 
 __all__ = ["Row", "Tick", "measure", "rows_of"]
@@ -142,10 +142,11 @@ def _look(subject: Subject, rows: Rows, source: Source, tick: Tick) -> dict[str,
             if initial is not None:
                 initial.trace(batch)
         values[name], outputs[name] = look(hooked, batch, _union(hooked, methods))
+    read = {key for hooked in subject.networks.values() for key in hooked.in_keys}
     return {
         name: Part(
             Seen(
-                _overlaid(source.batch, subject.networks, outputs, name),
+                overlaid(source.batch.to(hooked.device()), outputs, name, read),
                 values[name],
                 groups=source.groups,
                 ordered=source.ordered,
@@ -166,25 +167,3 @@ def _union(hooked: HookedModel, methods: Sequence[Method]) -> list[str]:
         if chosen is None or hooked.name in ((chosen,) if isinstance(chosen, str) else chosen):
             wanted |= set(hooked.sites(method.taps(hooked)))
     return list(hooked.sites(sorted(wanted)))
-
-
-def _overlaid(
-    batch: TensorDictBase, networks: Mapping[str, HookedModel], outputs: Mapping[str, TensorDictBase], own: str
-) -> TensorDictBase:
-    """Lay outputs over the batch: a network's own, and those that no other network gives.
-
-    What some network reads stays as recorded, since methods run networks on this batch again; such an output stands
-    below its network's name only.
-    """
-    out = batch.to(networks[own].device()).copy()
-    read = {key for hooked in networks.values() for key in hooked.in_keys}
-    leaves = {name: dict(td.items(include_nested=True, leaves_only=True)) for name, td in outputs.items()}
-    for name, given in leaves.items():
-        for key, value in given.items():
-            unique = not any(key in others for other, others in leaves.items() if other != name)
-            if key not in read and (name == own or (unique and key not in leaves[own])):
-                out.set(key, value)
-    if own:
-        for name, td in outputs.items():
-            out.set(name, TensorDict(dict(td.items()), batch_size=out.batch_size))
-    return out

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import SchemaError
 
-__all__ = ["Labels", "Measured", "join", "merge"]
+__all__ = ["Labels", "Measured", "join", "merge", "overlaid"]
 
 Labels = dict[str, list[Any]]
 _PER_LAYER = ("layer", "layer_type")
@@ -115,4 +115,31 @@ def _placed(part: Measured, key: NestedKey, sizes: Sequence[int], labels: Labels
     shape = [value.shape[i] if names[i] == "layer" else size for i, size in enumerate(sizes)]
     out = value.new_full(shape, torch.nan if value.is_floating_point() else 0)
     out[torch.meshgrid(*places, indexing="ij")] = value
+    return out
+
+
+def overlaid(
+    batch: TensorDictBase, outputs: Mapping[str, TensorDictBase], own: str, read: Collection[NestedKey]
+) -> TensorDictBase:
+    """Lay outputs over a copy of the batch: a network's own, and those that no other network gives.
+
+    What some network reads stays as recorded, since methods run networks on this batch again; such an output stands
+    below its network's name only.
+
+    Args:
+        batch: what the networks were run on.
+        outputs: of each network.
+        own: name of the network that the batch is for; empty where it is the only one.
+        read: the keys that some network reads.
+    """
+    out = batch.copy()
+    leaves = {name: dict(td.items(include_nested=True, leaves_only=True)) for name, td in outputs.items()}
+    for name, given in leaves.items():
+        for key, value in given.items():
+            unique = not any(key in others for other, others in leaves.items() if other != name)
+            if key not in read and (name == own or (unique and key not in leaves[own])):
+                out.set(key, value)
+    if own:
+        for name, td in outputs.items():
+            out.set(name, TensorDict(dict(td.items()), batch_size=out.batch_size))
     return out

@@ -78,6 +78,17 @@ class Named(nn.Module):
         return {"low": x - 1, "high": x + 1}
 
 
+class Unused(nn.Module):
+    """One of its modules never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.used(x)
+
+
 def passed(model, x, change):
     """Run a pass that ``change`` describes."""
     with HookedModel(model).run(rows(x)) as run:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hooks_models import Mlp, Thrice, rows, state
+from hooks_models import Mlp, Thrice, Unused, rows, state
 from torch import nn
 from torch.testing import assert_close
 
@@ -48,15 +48,6 @@ def test_a_compiled_model_is_changed_as_well_and_not_compiled_again():
         assert not model(x).any()
     assert torch.equal(model(x), plain)
     assert len(compiled) == 1
-
-
-class Unused(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.used, self.idle = nn.Linear(3, 3), nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.used(x)
 
 
 def test_an_edit_that_never_took_hold_is_loud_at_the_end():

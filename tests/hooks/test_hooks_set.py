@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hooks_models import Items, Mlp, Named, Thrice, passed, rows
+from hooks_models import Items, Mlp, Named, Thrice, Unused, passed, rows
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.testing import assert_close
@@ -196,15 +196,6 @@ def test_a_bent_gradient_that_does_not_fit_is_loud():
 
     with pytest.raises(SetterError, match="setting the gradient of '1': the function returned None"):
         passed(Mlp(), torch.randn(4, 3), bent)
-
-
-class Unused(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.used, self.idle = nn.Linear(3, 3), nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.used(x)
 
 
 @pytest.mark.parametrize(
