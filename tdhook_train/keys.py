@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 
 from tdhook_train.errors import SettingsError
 
-__all__ = ["dotted", "path_of", "split_key"]
+__all__ = ["by_name", "dotted", "path_of", "split_key"]
 
 
 def split_key(key: Any) -> tuple[str | tuple[str, ...], tuple[int, ...]]:
@@ -31,3 +31,8 @@ def path_of(key: NestedKey) -> tuple[str, ...]:
 def dotted(key: NestedKey) -> str:
     """Write a key as one name."""
     return ".".join(path_of(key))
+
+
+def by_name(td: TensorDictBase) -> dict[str, NestedKey]:
+    """Return the keys of every tensor in a TensorDict, each under its one name."""
+    return {dotted(key): key for key in td.keys(include_nested=True, leaves_only=True)}

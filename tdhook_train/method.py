@@ -16,7 +16,7 @@ from tdhook_train.errors import KeyMissingError, NetworkError, PathError, Settin
 from tdhook_train.hooks import HookedModel
 from tdhook_train.hooks.paths import Selector, selectors, shown
 from tdhook_train.isolation import in_place
-from tdhook_train.keys import dotted, path_of
+from tdhook_train.keys import by_name, dotted, path_of
 from tdhook_train.ops.join import Labels, Measured, join, overlaid
 from tdhook_train.ops.targets import given_by, named, refuse_unknown
 from tdhook_train.schedule import Times
@@ -264,8 +264,7 @@ def inputs_below(td: TensorDictBase, prefix: str, model: HookedModel) -> TensorD
     for key in model.in_keys:
         path = (prefix, *path_of(key))
         if path not in td.keys(include_nested=True):
-            known = [dotted(k) for k in td.keys(include_nested=True, leaves_only=True)]
-            raise KeyMissingError(f"{path!r} is not in the batch{did_you_mean(dotted(path), known)}")
+            raise KeyMissingError(f"{path!r} is not in the batch{did_you_mean(dotted(path), by_name(td))}")
         found[key] = td.get(path)
     return TensorDict(found, batch_size=td.batch_size)
 

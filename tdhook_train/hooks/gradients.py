@@ -16,7 +16,7 @@ from tdhook_train.errors import ResolveError, TargetError, did_you_mean
 from tdhook_train.hooks.items import pick, put
 from tdhook_train.hooks.members import Members
 from tdhook_train.hooks.tap import Proxy, Setter, Steps, Turn, in_graph
-from tdhook_train.keys import dotted, split_key
+from tdhook_train.keys import by_name, dotted, split_key
 from tdhook_train.undo import remove_all
 
 __all__ = ["GradientProxy", "GradientSetter", "Objective", "differentiate", "proxies_of"]
@@ -218,8 +218,8 @@ def _sum_of(key: Any, output: TensorDictBase) -> Tensor:
     """Sum an output, or a feature of it, over everything else: rows that do not mix keep their own gradients."""
     name, features = split_key(key)
     if name not in output.keys(include_nested=True):
-        known = [dotted(k) for k in output.keys(include_nested=True, leaves_only=True)]
-        raise TargetError(f"backward() of {dotted(name)!r}, which is no output{did_you_mean(dotted(name), known)}")
+        near = did_you_mean(dotted(name), by_name(output))
+        raise TargetError(f"backward() of {dotted(name)!r}, which is no output{near}")
     value = output.get(name)
     try:
         return value[(..., *features)].sum() if features else value.sum()

@@ -9,7 +9,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import KeyMissingError, SettingsError, TargetError, did_you_mean
-from tdhook_train.keys import dotted, path_of, split_key
+from tdhook_train.keys import by_name, dotted, path_of, split_key
 
 __all__ = [
     "Target",
@@ -51,7 +51,7 @@ def read(td: TensorDictBase, target: Target) -> Tensor:
         return value
     key, features = split_key(target)
     if key not in td.keys(include_nested=True):
-        known = {dotted(k): k for k in td.keys(include_nested=True, leaves_only=True)}
+        known = by_name(td)
         name = dotted(key)
         if name not in known:
             raise KeyMissingError(f"target {name!r} is not in the batch{did_you_mean(name, known)}")
