@@ -8,6 +8,9 @@ from collections.abc import Iterable
 __all__ = [
     "BudgetError",
     "ClosedError",
+    "DamagedError",
+    "DamagedWarning",
+    "DiskError",
     "EnvironmentNameError",
     "GroupsError",
     "KeyMissingError",
@@ -75,6 +78,18 @@ class RunExistsError(TdhookTrainError, FileExistsError):
 
 class ClosedError(TdhookTrainError, RuntimeError):
     """Something was asked of a buffer or observer that is closed."""
+
+
+class DamagedError(TdhookTrainError, ValueError):
+    """What is stored is not what was written: a file was cut, lost or changed."""
+
+
+class DamagedWarning(UserWarning):
+    """Something stored is damaged and was left out; the rest can be read."""
+
+
+class DiskError(TdhookTrainError, OSError):
+    """The file system took no more; what was stored before is whole."""
 
 
 class EnvironmentNameError(TdhookTrainError, ValueError):

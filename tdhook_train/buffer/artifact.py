@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+import time as clock
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from tensordict import TensorDictBase
@@ -12,9 +13,12 @@ from torchrl.data import TensorDictReplayBuffer, Writer
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from tdhook_train.buffer.query import Queries
-from tdhook_train.buffer.row import Row
+from tdhook_train.buffer.row import META, Key, RowMeta, Value
 from tdhook_train.buffer.storage import GrowingMemmapStorage
-from tdhook_train.errors import SettingsError
+from tdhook_train.errors import SchemaError, SettingsError
+
+if TYPE_CHECKING:
+    from tdhook_train.buffer.run import Run
 
 __all__ = ["Artifact"]
 
@@ -25,9 +29,9 @@ class _Appending(Writer):
     _storage: GrowingMemmapStorage
 
     def add(self, data: TensorDictBase) -> int:
-        index = int(self._storage.extend(data.unsqueeze(0)))
-        self._mark_update_entities(torch.tensor(index, device="cpu"))
-        return index
+        index = self._storage.extend(data.unsqueeze(0))
+        self._mark_update_entities(index)
+        return int(index) if len(index) else -1
 
     def extend(self, data: TensorDictBase) -> Tensor:
         index = self._storage.extend(data)
@@ -57,26 +61,65 @@ class _Appending(Writer):
 class Artifact(Queries, TensorDictReplayBuffer):
     """The rows of one artifact, as a replay buffer and as a table over steps.
 
-    What TorchRL offers for reading works: ``sample``, ``len``, indexing, samplers, transforms. Writing goes by whole
-    rows (``ArtifactBuffer.append``, or ``extend`` and ``add`` with rows that hold their ``meta``); a row that differs
-    from the schema is refused whole, and no row is ever changed. Random numbers come from a generator of its own.
+    What TorchRL offers for reading works: ``sample``, ``len``, indexing, samplers, transforms; :meth:`replay` gives a
+    second replay buffer over the same rows, with a batch size and a sampler of its own. Writing goes by whole rows
+    (``ArtifactBuffer.append`` and ``extend``, or ``extend`` and ``add`` here with rows that hold their ``meta``); a row
+    that differs from the schema is refused whole, and no row is ever changed. Random numbers come from a generator of
+    its own.
+
+    Iterating gives the rows one by one in step order, or, where a batch size was set, what TorchRL's iteration gives.
 
     Args:
         storage: where the rows are.
+        run: whose artifact it is.
         seed: of the generator that samplers draw from.
-        refresh: what to call before reading, while another process writes.
+        replay: as for TorchRL's ``TensorDictReplayBuffer``.
     """
 
-    def __init__(self, storage: GrowingMemmapStorage, *, seed: int, refresh: Callable[[], None] | None = None) -> None:
+    def __init__(self, storage: GrowingMemmapStorage, run: Run, *, seed: int, **replay: Any) -> None:
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        super().__init__(storage=storage, writer=_Appending(compilable=True), generator=generator)
-        self._refresh = refresh
+        super().__init__(storage=storage, writer=_Appending(compilable=True), generator=generator, **replay)
+        self._run = run
+        self._seed = seed
+
+    def replay(
+        self,
+        *,
+        batch_size: int | None = None,
+        sampler: Sampler | None = None,
+        transform: Any = None,
+        prefetch: int | None = None,
+        seed: int | None = None,
+    ) -> Artifact:
+        """Return another replay buffer over the same rows, for instance to train a probe or an autoencoder on them.
+
+        Args:
+            batch_size: of ``sample()`` and of iteration.
+            sampler: which rows are drawn; at random with replacement, if None.
+            transform: applied to what is read.
+            prefetch: how many batches are read ahead, in threads.
+            seed: of the generator that the sampler draws from; that of this one, if None.
+        """
+        given = {"batch_size": batch_size, "sampler": sampler, "transform": transform, "prefetch": prefetch}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        other = Artifact(self._storage, self._run, seed=self._seed if seed is None else seed, **chosen)
+        if sampler is not None:
+            sampler._rng = other._rng
+        return other
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        return self.in_order() if self._batch_size is None else super().__iter__()
 
     def refresh(self) -> None:
         """Take in what another process has written since."""
-        if self._refresh is not None:
-            self._refresh()
+        if not self._storage.writable:
+            self._run.follow()
         super().refresh()
+
+    @property
+    def runs(self) -> list[str]:
+        """The labels of the merged runs, by the number in ``("meta", "run")``."""
+        return self._run.runs
 
     def __len__(self) -> int:
         self.refresh()
@@ -91,28 +134,48 @@ class Artifact(Queries, TensorDictReplayBuffer):
         """Return copies of rows, in the order they were written, or one key of all of them."""
         self.refresh()
         if _is_key(index) and not len(self.transform):
-            return self._storage.column(self._known(index)).clone()
-        # of a slice TorchRL gives a view of the file; what was measured is not to be changed by accident
-        return super().__getitem__(index).clone()
+            return self._column(self._known(index), *self._storage.disk.index())[0]
+        if isinstance(index, slice):  # of which TorchRL gives a view of the files
+            index = torch.arange(len(self), device="cpu")[index]
+        rows = super().__getitem__(index)
+        return rows.clone() if self._storage.disk.own else rows  # what was measured is not to be changed by accident
 
     def set_sampler(self, sampler: Sampler) -> Sampler:
         """Set a sampler and return the one before; it draws from this artifact's generator."""
         sampler._rng = self._rng
         return super().set_sampler(sampler)
 
-    def append_row(self, row: Row) -> int:
+    def append_row(self, row: Mapping[Key, Value], meta: RowMeta) -> int:
         """Commit one row, given by key, and return its position."""
+        numbers = meta.numbers()
         with self._replay_lock:
-            return self._storage.append(row)
+            return self._storage.append(row, numbers)
 
     def add(self, data: TensorDictBase) -> int:
-        """Commit one row that holds its ``meta``, and return its position."""
-        return int(super().add(data.copy()))  # TorchRL puts an "index" into what it is given
+        """Commit one row that holds its ``meta``, of which all but the step may be left out; return its position."""
+        return int(super().add(self._with_meta(data)))
 
     def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
-        """Commit several rows that hold their ``meta``, batch first, and return their positions."""
-        index: Tensor = super().extend(tensordicts.copy(), update_priority=update_priority)
+        """Commit several rows that hold their ``meta``, batch first, and return their positions.
+
+        Of the meta, all but the step may be left out. Rows that retention does not keep have no position.
+        """
+        index: Tensor = super().extend(self._with_meta(tensordicts), update_priority=update_priority)
         return index
+
+    def _with_meta(self, rows: TensorDictBase) -> TensorDictBase:
+        rows = rows.copy()  # TorchRL puts an "index" into what it is given
+        missing = [key for key in META if key not in rows.keys(include_nested=True)]
+        if ("meta", "step") in missing:
+            raise SchemaError(
+                f"{self._storage.name}: key ('meta', 'step') is missing: rows say at which step they were measured; "
+                "ArtifactBuffer.extend(name, rows, step=...) adds it to all"
+            )
+        now = {"time": clock.time(), "attempt": self._run.attempt}
+        for key in missing:
+            number = now.get(key[1], 0)
+            rows[key] = torch.full(rows.batch_size, number, dtype=META[key], device="cpu")
+        return rows
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise SettingsError(f"rows of {self._storage.name!r} are written once; append a new row instead")

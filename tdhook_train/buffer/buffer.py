@@ -3,73 +3,144 @@
 from __future__ import annotations
 
 import os
-import time as clock
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakValueDictionary
 
-import torch
-from tensordict import TensorDictBase
-
 from tdhook_train.buffer import events, folder
-from tdhook_train.buffer.artifact import Artifact
+from tdhook_train.buffer.flusher import Flusher
 from tdhook_train.buffer.lock import WriterLock
-from tdhook_train.buffer.manifest import Entry, Manifest
-from tdhook_train.buffer.row import RowMeta, flatten
-from tdhook_train.buffer.run import Run
-from tdhook_train.buffer.schema import Declaration, Label, Schema
-from tdhook_train.buffer.storage import GrowingMemmapStorage
-from tdhook_train.errors import ClosedError, SettingsError
+from tdhook_train.buffer.manifest import SCHEMA, write_schema
+from tdhook_train.buffer.merging import appearing, copy_rows, labelled, labels_of
+from tdhook_train.buffer.recording import Recording
+from tdhook_train.buffer.retention import Keep, Retention
+from tdhook_train.buffer.rows import Damaged
+from tdhook_train.errors import SettingsError
 
 __all__ = ["ArtifactBuffer"]
+
+FLUSH_EVERY_S = 30.0
 
 _WRITERS: WeakValueDictionary[str, ArtifactBuffer] = WeakValueDictionary()
 
 
-class ArtifactBuffer(Run):
+class ArtifactBuffer(Recording):
     """The artifacts of a run, each a replay buffer in a sub-folder of its own.
+
+    Rows outlast the process as soon as ``append`` returns, and a power cut after :meth:`flush`, which a thread calls
+    some seconds after each row. Without limits nothing is ever dropped; those given here hold for each artifact that
+    :meth:`declare` gives no others.
 
     Args:
         path: the run's folder; made where there is none.
         resume: go on with the run that the folder holds, if it holds one.
         overwrite: delete the run that the folder holds, if it holds one; files of others stay.
         seed: of the generators that samplers draw from.
+        capacity: how many rows each artifact may hold; None sets no limit.
+        max_bytes: how many bytes each artifact may take up on the disk; None sets no limit.
+        keep: which rows stay where there are too many: the ``"newest"``; ``"log-spaced"`` in steps; ``("largest",
+            key)`` or ``("smallest", key)``, by the value of a key that holds one number.
+        flush_every: how many seconds a row may wait for the disk; 0 leaves it to :meth:`flush` and the system.
 
     Raises:
         RunExistsError: the folder holds a run and neither option was given, or it holds other files.
         SettingsError: both options were given.
+
+    Example:
+        ``ArtifactBuffer("runs/a", capacity=500, keep="log-spaced")``
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False, seed: int = 0
+    def __init__(  # noqa: PLR0913 - how a folder is opened, and what is kept there
+        self,
+        path: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        seed: int = 0,
+        capacity: int | None = None,
+        max_bytes: int | None = None,
+        keep: Keep = "newest",
+        flush_every: float = FLUSH_EVERY_S,
     ) -> None:
         if resume and overwrite:
             raise SettingsError("resume=True and overwrite=True were given; choose one")
         self._begin(Path(path), "a", seed)
+        self._retention = Retention(capacity, max_bytes, keep)
         folder.check_free(self.path, allow_run=resume or overwrite)
+        self._flusher = Flusher(self.flush, flush_every)
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_over(overwrite)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], mode: Literal["r", "a"] = "r", *, seed: int = 0) -> ArtifactBuffer:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        mode: Literal["r", "a"] = "r",
+        *,
+        seed: int = 0,
+        damaged: Damaged = "raise",
+    ) -> ArtifactBuffer:
         """Open a run that is there, to read it (also while another process writes) or to go on writing.
+
+        Args:
+            path: the run's folder.
+            mode: ``"r"`` reads, also from a read-only file system; ``"a"`` goes on writing.
+            seed: of the generators that samplers draw from.
+            damaged: ``"raise"`` where something damaged is read, or ``"skip"``: everything is compared with its
+                checksum when an artifact is first asked for, and damaged rows are left out with a warning.
 
         Raises:
             KeyMissingError: there is no run; the message names the runs near by.
         """
         if mode not in ("r", "a"):
             raise SettingsError(f"mode={mode!r} is neither 'r' nor 'a'")
+        if damaged not in ("raise", "skip"):
+            raise SettingsError(f"damaged={damaged!r} is neither 'raise' nor 'skip'")
         folder.check_run(Path(path))
         buffer = cls.__new__(cls)
-        buffer._begin(Path(path), mode, seed)
+        buffer._begin(Path(path), mode, seed, damaged)
+        buffer._retention = Retention()
+        buffer._flusher = Flusher(buffer.flush, FLUSH_EVERY_S)
         if mode == "a":
             buffer._take_over(overwrite=False)
         else:
-            buffer._refresh()
+            buffer._seen = folder.signature(buffer.path)
+            buffer._manifest = buffer._find_manifest()
         return buffer
+
+    @classmethod
+    def merge(
+        cls,
+        runs: Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]],
+        into: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> ArtifactBuffer:
+        """Copy the rows of several runs into a new one, each with the label of its run, and open it for reading.
+
+        For seeds, for ranks, for sweeps done in pieces; with a single run, to copy what is whole of a damaged one.
+        ``where(("meta", "run"), label)`` gives the rows of one run; tables have a column ``run``. Of runs that were
+        merged themselves the labels are ``"outer/inner"``. Other folders of the runs stay where they are.
+
+        Args:
+            runs: folders by label; without labels, the names of the folders.
+            into: the new folder, which appears when it is complete.
+            overwrite: delete the run that this folder holds.
+            progress: whether to show a progress bar.
+
+        Raises:
+            SchemaError: an artifact differs between the runs; the message names the run and what differs.
+            SettingsError: two runs have the same label, or there is none.
+        """
+        sources = {label: cls.open(path, damaged="skip") for label, path in labelled(runs).items()}
+        with appearing(Path(into), overwrite=overwrite) as folder_, cls(folder_) as merged:
+            merged._write_manifest(replace(merged._manifest, runs=labels_of(sources)))
+            copy_rows(sources, merged, progress=progress)
+        return cls.open(into)
 
     def _take_over(self, overwrite: bool) -> None:
         where = str(self.path.resolve())
@@ -84,151 +155,20 @@ class ArtifactBuffer(Run):
         _WRITERS[where] = self
 
     def _start(self, overwrite: bool) -> None:
-        found = Manifest.read(self.path) if folder.holds_run(self.path) else None
+        found = self._find_manifest() if folder.holds_run(self.path) else None
         if found is not None and overwrite:
             folder.delete_run(self.path, found)
             found = None
         if found is not None:
             self._manifest = replace(found, attempt=found.attempt + 1)
-            folder.sweep(self.path, found)
+            folder.sweep(self.path)
         self._manifest.write(self.path)
+        for name, entry in self._manifest.artifacts.items():
+            if not (self.path / name / SCHEMA).exists():
+                write_schema(self.path / name, entry)
         events.mend(self.path)
 
-    # --- writing
-
-    def declare(
-        self,
-        name: str,
-        *,
-        dims: Mapping[Any, Iterable[str] | str],
-        coords: Mapping[str, Iterable[Label]] | None = None,
-        settings: Any = None,
-        legend: Mapping[Any, Mapping[int, str]] | None = None,
-    ) -> None:
-        """Say what describes an artifact, before its first row.
-
-        Args:
-            name: letters, digits, ``_``, ``-`` and ``.``.
-            dims: names of each key's dimensions; a last name ``"*x"`` stands for all that remain.
-            coords: labels of a dimension.
-            settings: what the artifact is made with, as JSON.
-            legend: what the codes of a key mean.
-
-        Raises:
-            SchemaError: rows are stored under another declaration; the message names what differs.
-        """
-        self._check_open()
-        self._check_artifact_name(name)
-        declared = Declaration.of(dims, coords, settings, legend)
-        if (entry := self._manifest.artifacts.get(name)) is not None:
-            entry.schema.check_declaration(declared, of=name)
-        self._declared[name] = declared
-
-    def append(  # noqa: PLR0913 - what describes a row is many numbers
-        self,
-        name: str,
-        artifacts: TensorDictBase | Mapping[Any, Any],
-        *,
-        step: int,
-        frames: int = 0,
-        epoch: int = 0,
-        weights: int = 0,
-        data: int = 0,
-        cost: float = 0.0,
-        time: float | None = None,
-        attempt: int | None = None,
-    ) -> int:
-        """Commit one row and return its position when it is committed.
-
-        Args:
-            name: of the artifact.
-            artifacts: a TensorDict or nested mapping, stored as one row whatever its batch size.
-            step: optimizer steps behind the weights that were measured.
-            frames: environment frames, or samples, seen so far.
-            epoch: passes over the data so far.
-            weights: 64-bit fingerprint of the weights.
-            data: 64-bit fingerprint of the batch.
-            cost: seconds that the measurement took.
-            time: Unix seconds; now, if None.
-            attempt: that of this writer, if None.
-
-        Raises:
-            SchemaError: the row differs from the first one, or from what was declared; nothing is written.
-            ClosedError: the buffer is closed or was opened for reading.
-        """
-        self._check_open()
-        time = clock.time() if time is None else time
-        attempt = self.attempt if attempt is None else attempt
-        meta = RowMeta(step, frames, epoch, weights, data, attempt, time, cost).row()
-        row = flatten(artifacts)
-        artifact = self._artifacts[name] if name in self._artifacts else self._for_writing(name, row)
-        return artifact.append_row({**row, **meta})
-
-    def _for_writing(self, name: str, row: dict[tuple[str, ...], torch.Tensor]) -> Artifact:
-        if name in self._manifest.artifacts:
-            return self[name]
-        self._check_artifact_name(name)
-        declared = self._declared.setdefault(name, Declaration())
-        entry = Entry(Schema.of(row, declared))
-        artifact = self._open_artifact(name, entry, "w")
-        # the files first: a reader that finds the name in the manifest finds them too
-        self._write_manifest(self._manifest.with_entry(name, entry, list(self._declared)))
-        self._artifacts[name] = artifact
-        return artifact
-
-    def _write_manifest(self, manifest: Manifest) -> None:
-        manifest.write(self.path)
-        self._manifest = manifest
-
-    def truncate(self, after_step: int) -> None:
-        """Drop the rows with ``step > after_step`` from all artifacts, as resuming from a checkpoint needs.
-
-        Rows written in step order are cut from the end. Otherwise the rows to keep are written to new files, which
-        then take the place of the old ones: a kill in between leaves all rows.
-        """
-        self._check_open()
-        for name in self:
-            storage = self[name].storage
-            keep = storage.column(("meta", "step")) <= after_step
-            kept = int(keep.sum())
-            if bool(keep[:kept].all()):
-                storage.cut(kept)
-            else:
-                self._rewrite(name, storage, keep.nonzero()[:, 0])
-
-    def _rewrite(self, name: str, storage: GrowingMemmapStorage, keep: torch.Tensor) -> None:
-        entry = replace(self._manifest.artifacts[name], generation=storage.generation + 1)
-        copy = GrowingMemmapStorage(storage.folder, entry.schema, mode="w", name=name, generation=entry.generation)
-        copy.extend(storage.rows(keep))
-        copy.flush()
-        try:
-            self._write_manifest(self._manifest.with_entry(name, entry, list(self._declared)))
-        finally:
-            # a reader may be opening the old files, so they go when the run is next opened for writing
-            storage.attach_files(self._manifest.artifacts[name].generation)
-
-    def note(self, kind: str, **fields: Any) -> None:
-        """Record something that happened, as one line of ``events.jsonl``."""
-        self._check_open()
-        events.write(self.path, {"kind": kind, "time": clock.time(), **fields})
-
-    def folder(self, name: str) -> Path:
-        """Return a sub-folder for other files of the run; overwriting the run deletes it."""
-        folder.check_name(name)
-        if name in self._manifest.artifacts or name in self._declared:
-            raise SettingsError(f"{name!r} is the folder of an artifact; choose another name")
-        if self._mode == "a" and not self._closed and name not in self._manifest.folders:
-            self._write_manifest(replace(self._manifest, folders=(*self._manifest.folders, name)))
-            (self.path / name).mkdir(exist_ok=True)
-        return self.path / name
-
     # --- the end
-
-    def flush(self) -> None:
-        """Wait until every committed row is on the disk, where it outlasts a power cut as well."""
-        if self._mode == "a":
-            for artifact in self._artifacts.values():
-                artifact.storage.flush()
 
     def close(self) -> None:
         """Flush, and let others write; rows can still be read. Safe to call twice."""
@@ -236,6 +176,7 @@ class ArtifactBuffer(Run):
             return
         self._closed = True
         try:
+            self._flusher.stop()
             if os.getpid() == self._process:
                 self.flush()
         finally:
@@ -243,21 +184,6 @@ class ArtifactBuffer(Run):
                 artifact.storage.writable = False
             if self._lock is not None:
                 self._lock.release()
-
-    def _check_artifact_name(self, name: str) -> None:
-        folder.check_name(name)
-        if name in self._manifest.folders:
-            raise SettingsError(f"{name!r} is a folder for other files; choose another name for the artifact")
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(
-                f"{self.path} is closed; open it again with ArtifactBuffer({str(self.path)!r}, resume=True)"
-            )
-        if self._mode == "r":
-            raise ClosedError(f"{self.path} was opened for reading; open it with mode='a' to write")
-        if os.getpid() != self._process:
-            raise ClosedError(f"{self.path} is written by process {self._process}, of which this one is a copy")
 
     def __enter__(self) -> ArtifactBuffer:
         return self

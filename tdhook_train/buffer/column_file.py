@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import os
-import struct
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from tdhook_train.buffer.row import Key
-from tdhook_train.errors import SchemaError
 
 __all__ = ["ColumnFile", "file_name"]
 
-_FORMATS = {torch.int64: "q", torch.float64: "d"}  # numbers that are stored without a tensor around them
 
-
-def file_name(generation: int, index: int, key: Key) -> str:
+def file_name(index: int, key: Key) -> str:
     """Return a column's file name: its number tells it apart, the rest is for people."""
     readable = "".join(c if c.isalnum() or c in "-_." else "_" for c in ".".join(key))
-    return f"{generation}.{index:03d}.{readable[:80]}.column"
+    return f"{index:03d}.{readable[:80]}.column"
 
 
 class ColumnFile:
@@ -36,6 +33,8 @@ class ColumnFile:
         writable: False maps a private copy, which needs no right to write and sees what others write.
     """
 
+    lead: ClassVar[int] = 0  # records before that of the first row
+
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, writable: bool) -> None:
         self.path = path
         self.shape = shape
@@ -44,8 +43,9 @@ class ColumnFile:
         self.row_numel = torch.Size(shape).numel()
         self.row_bytes = self.row_numel * dtype.itemsize
         self.rows: Tensor
-        self._format = _FORMATS.get(dtype, "")
-        self._numbers: Any  # the same bytes, for struct
+        self._inode = -1  # of the file that is mapped
+        self.bytes: memoryview  # of `rows`
+        self.front: memoryview  # of the records before them
 
     def create(self) -> None:
         """Begin an empty file in place of one that a writer killed before its first row left there.
@@ -56,15 +56,20 @@ class ColumnFile:
         self.path.touch(exist_ok=False)
 
     def size(self) -> int:
-        """Return how many records the file has room for; records of no bytes need none.
-
-        Raises:
-            SchemaError: the file is gone.
-        """
+        """Return how many whole records the file has room for, none if it is gone; records of no bytes need none."""
+        if not self.row_bytes:
+            return 2**62
         try:
-            return self.path.stat().st_size // self.row_bytes if self.row_bytes else 2**62
+            return max(0, self.path.stat().st_size // self.row_bytes - self.lead)
         except FileNotFoundError:
-            raise SchemaError(f"{self.path} is missing, though the manifest lists its key") from None
+            return 0
+
+    def replaced(self) -> bool:
+        """Return whether the file that is mapped has been deleted since."""
+        try:
+            return self.path.stat().st_ino != self._inode
+        except FileNotFoundError:
+            return True
 
     def reserve(self, capacity: int) -> None:
         """Claim the blocks of ``capacity`` records.
@@ -74,7 +79,7 @@ class ColumnFile:
         """
         if capacity <= self.size() or not self.row_bytes:
             return
-        start, end = self.path.stat().st_size, capacity * self.row_bytes
+        start, end = self.path.stat().st_size, (self.lead + capacity) * self.row_bytes
         fd = os.open(self.path, os.O_RDWR)
         try:
             if hasattr(os, "posix_fallocate"):
@@ -87,15 +92,17 @@ class ColumnFile:
     def give_back(self, capacity: int) -> None:
         """Release what lies beyond ``capacity`` records, which nobody has mapped yet."""
         if self.row_bytes and self.size() > capacity:
-            os.truncate(self.path, capacity * self.row_bytes)
+            os.truncate(self.path, (self.lead + capacity) * self.row_bytes)
 
     def map(self, capacity: int) -> None:
         """Map the first ``capacity`` records; tensors of an earlier mapping stay valid."""
         # a tensor made in inference mode could not be written outside of it
         with torch.inference_mode(False):
-            self.rows = self._flat(capacity).view(capacity, *self.shape)
-            if self._format and self.shape == ():
-                self._numbers = self.rows.view(torch.uint8).numpy().data
+            self._inode = self.path.stat().st_ino if self.path.exists() else -1
+            flat = self._flat(self.lead + capacity)
+            self.rows = flat.view(self.lead + capacity, *self.shape)[self.lead :]
+            everything, lead_bytes = flat.view(torch.uint8).numpy().data, self.lead * self.row_bytes
+            self.front, self.bytes = everything[:lead_bytes], everything[lead_bytes:]
 
     def _flat(self, capacity: int) -> Tensor:
         if not capacity * self.row_bytes:
@@ -104,16 +111,13 @@ class ColumnFile:
         # from_file keeps no descriptor open, which counts with tens of artifacts of tens of keys
         return torch.from_file(str(self.path), shared=self.writable, size=size, dtype=self.dtype, device="cpu")
 
-    def put(self, index: int, value: Tensor | float) -> None:
-        """Write one record."""
-        if isinstance(value, Tensor):
-            self.rows[index].copy_(value)
-        else:
-            struct.pack_into(self._format, self._numbers, index * 8, value)
+    def checksum(self, index: int) -> int:
+        """Return the CRC-32 of one record."""
+        return crc32(self.bytes[index * self.row_bytes : (index + 1) * self.row_bytes])
 
-    def number(self, index: int) -> int:
-        """Return one record of whole numbers."""
-        return int(struct.unpack_from(self._format, self._numbers, index * 8)[0])
+    def checksums(self, indices: Tensor) -> Tensor:
+        """Return the CRC-32 of several records, int64."""
+        return torch.tensor([self.checksum(i) for i in indices.tolist()], dtype=torch.int64, device="cpu")
 
     def sync(self) -> None:
         """Wait until the file is on the disk."""

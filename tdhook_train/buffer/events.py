@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tdhook_train.buffer.schema import plain
+from tdhook_train.buffer.declaration import plain
 
 __all__ = ["EVENTS", "mend", "read", "write"]
 

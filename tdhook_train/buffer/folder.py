@@ -8,13 +8,23 @@ from pathlib import Path
 
 from tdhook_train.buffer.events import EVENTS
 from tdhook_train.buffer.lock import LOCK
-from tdhook_train.buffer.manifest import MANIFEST, Manifest
+from tdhook_train.buffer.manifest import MANIFEST, SCHEMA, Manifest
 from tdhook_train.errors import KeyMissingError, RunExistsError, SettingsError
 
-__all__ = ["OWN_FILES", "check_free", "check_name", "check_run", "delete_run", "holds_run", "signature", "sweep"]
+__all__ = [
+    "OWN_FILES",
+    "check_free",
+    "check_name",
+    "check_run",
+    "delete_run",
+    "holds_run",
+    "others",
+    "signature",
+    "sweep",
+]
 
 OWN_FILES = (MANIFEST, EVENTS, LOCK)
-_COLUMN = re.compile(r"(\d+)\.(commits|\d{3}\..*\.column)")
+_ROWS = re.compile(r"commits|schema\.json|\d{3}\..*\.column|[0-9a-f]{16}\.\d+\..*|\..*\.tmp")
 _NAME = re.compile(r"[A-Za-z0-9_\-]([A-Za-z0-9_\-.]*[A-Za-z0-9_\-])?")  # no leading or trailing dot
 _TEMPORARY = f".{MANIFEST}.*.tmp"
 
@@ -30,8 +40,8 @@ def check_name(name: str) -> None:
 
 
 def holds_run(path: Path) -> bool:
-    """Return whether a run was begun there."""
-    return (path / MANIFEST).is_file()
+    """Return whether a run was begun there, also if its manifest was lost since."""
+    return (path / MANIFEST).is_file() or any(path.glob(f"*/{SCHEMA}"))
 
 
 def signature(path: Path) -> tuple[int, int, int] | None:
@@ -67,6 +77,15 @@ def _is_own(file: Path) -> bool:
     return file.name in OWN_FILES or file.match(_TEMPORARY)
 
 
+def others(path: Path, manifest: Manifest) -> list[str]:
+    """Return what lies in a run's folder and is none of it."""
+    known = (*manifest.artifacts, *manifest.folders)
+    strangers = [file for file in path.iterdir() if not _is_own(file) and file.name not in known]
+    for name in manifest.artifacts:
+        strangers += [file for file in path.joinpath(name).glob("*") if not _ROWS.fullmatch(file.name)]
+    return sorted(str(file.relative_to(path)) for file in strangers)
+
+
 def check_run(path: Path) -> None:
     """Refuse a folder that holds no run.
 
@@ -92,28 +111,21 @@ def delete_run(path: Path, manifest: Manifest) -> None:
     """Delete what the manifest lists, and nothing else."""
     # without its manifest the rest is no run any more, whenever this is interrupted: so that goes last
     for name in manifest.artifacts:
-        for file in _columns(path / name):
-            file.unlink()
+        for file in path.joinpath(name).glob("*"):
+            if _ROWS.fullmatch(file.name):
+                file.unlink()
         _remove_if_empty(path / name)
     for name in manifest.folders:
         if (path / name).is_dir() and not (path / name).is_symlink():
             shutil.rmtree(path / name)
     (path / EVENTS).unlink(missing_ok=True)
-    (path / MANIFEST).unlink()
+    (path / MANIFEST).unlink(missing_ok=True)
 
 
-def sweep(path: Path, manifest: Manifest) -> None:
-    """Delete what a killed writer left half-done: a manifest to be, and files of a set that no row is read from."""
-    for file in path.glob(_TEMPORARY):
+def sweep(path: Path) -> None:
+    """Delete what a killed writer left half-done: a manifest to be."""
+    for file in (*path.glob(_TEMPORARY), *path.glob(f"*/.{SCHEMA}.*.tmp")):
         file.unlink()
-    for name, entry in manifest.artifacts.items():
-        for file in _columns(path / name):
-            if int(file.name.split(".")[0]) != entry.generation:
-                file.unlink()
-
-
-def _columns(path: Path) -> list[Path]:
-    return [file for file in path.iterdir() if _COLUMN.fullmatch(file.name)] if path.is_dir() else []
 
 
 def _remove_if_empty(path: Path) -> None:

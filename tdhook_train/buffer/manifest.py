@@ -13,22 +13,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tdhook_train.buffer.schema import Schema
-from tdhook_train.errors import SchemaError
+from tdhook_train.buffer.entry import Entry
+from tdhook_train.errors import DamagedError, SchemaError
 
-__all__ = ["MANIFEST", "Entry", "Manifest", "write_atomically"]
+__all__ = ["MANIFEST", "SCHEMA", "Manifest", "write_atomically", "write_schema"]
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+SCHEMA = "schema.json"  # in an artifact's folder: its part of the manifest once more
+FORMAT = 2
 _PACKAGES = {"torch": "torch", "tensordict": "tensordict", "torchrl": "torchrl", "tdhook_train": "tdhook-train"}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An artifact in the manifest: what its rows look like, and which set of files holds them."""
-
-    schema: Schema
-    generation: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +35,7 @@ class Manifest:
         versions: of the libraries that began it.
         artifacts: by name, in the order they were declared.
         folders: sub-folders for other files.
+        runs: labels of the runs that were merged, by the number in ``("meta", "run")``; none for a run of its own.
     """
 
     run: str
@@ -50,6 +44,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     artifacts: Mapping[str, Entry] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
 
     @classmethod
     def new(cls) -> Manifest:
@@ -65,15 +60,15 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Replace the folder's manifest, all at once."""
-        artifacts = {n: {"generation": e.generation, **e.schema.to_json()} for n, e in self.artifacts.items()}
         text = {
             "format": FORMAT,
             "run": self.run,
             "created": self.created,
             "attempt": self.attempt,
             "versions": dict(self.versions),
+            "runs": list(self.runs),
             "folders": list(self.folders),
-            "artifacts": artifacts,
+            "artifacts": {name: entry.to_json() for name, entry in self.artifacts.items()},
         }
         write_atomically(folder / MANIFEST, json.dumps(text, indent=1) + "\n")
 
@@ -82,20 +77,45 @@ class Manifest:
         """Read the manifest of a folder.
 
         Raises:
-            SchemaError: the file is none of ours, or of a later format.
+            DamagedError: the file is none of ours.
+            SchemaError: it has another format.
         """
         path = folder / MANIFEST
         try:
             text: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             given = text["format"]
             if given != FORMAT:
-                raise SchemaError(f"{path} has format {given!r}, expected {FORMAT}: a newer tdhook-train wrote it")
-            entries = {n: Entry(Schema.from_json(a), a["generation"]) for n, a in text["artifacts"].items()}
-            return cls(text["run"], text["created"], text["attempt"], text["versions"], entries, tuple(text["folders"]))
+                raise SchemaError(f"{path} has format {given!r}, expected {FORMAT}: another tdhook-train wrote it")
+            return cls(
+                run=text["run"],
+                created=text["created"],
+                attempt=text["attempt"],
+                versions=text["versions"],
+                artifacts={name: Entry.from_json(entry) for name, entry in text["artifacts"].items()},
+                folders=tuple(text["folders"]),
+                runs=tuple(text["runs"]),
+            )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, SchemaError):
                 raise
-            raise SchemaError(f"{path} is no manifest of a run: {error!r}") from error
+            raise DamagedError(f"{path} is no manifest of a run: {error!r}; the rows beside it can be read") from error
+
+    @classmethod
+    def recover(cls, folder: Path) -> Manifest | None:
+        """Return what can be known of a run without its manifest, None where there are no rows."""
+        entries = {}
+        for path in sorted(folder.glob(f"*/{SCHEMA}")):
+            try:
+                text = json.loads(path.read_text(encoding="utf-8"))
+                entries[path.parent.name] = Entry.from_json(text)
+            except (KeyError, TypeError, AttributeError, ValueError):
+                continue
+        return replace(cls.new(), artifacts=entries) if entries else None
+
+
+def write_schema(folder: Path, entry: Entry) -> None:
+    """Put an artifact's part of the manifest beside its rows, from where the manifest can be made again."""
+    write_atomically(folder / SCHEMA, json.dumps(entry.to_json(), indent=1) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from tensordict import TensorDictBase, is_non_tensor, is_tensor_collection
+from tensordict import TensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
 from torch import Tensor
 
 from tdhook_train.errors import SchemaError, SettingsError
 
-__all__ = ["META", "Key", "Row", "RowMeta", "as_key", "flatten", "key_name", "show"]
+__all__ = ["META", "Key", "RowMeta", "Value", "as_key", "flatten", "key_name", "show"]
 
 Key = tuple[str, ...]
-Row = Mapping[Key, Tensor | int | float]
+Value: TypeAlias = Tensor | TensorDictBase | bytes  # what is no tensor is kept in a file of its own
 
 META: dict[Key, torch.dtype] = {
     ("meta", "step"): torch.int64,
@@ -24,6 +24,7 @@ META: dict[Key, torch.dtype] = {
     ("meta", "weights"): torch.int64,
     ("meta", "data"): torch.int64,
     ("meta", "attempt"): torch.int64,
+    ("meta", "run"): torch.int64,
     ("meta", "time"): torch.float64,
     ("meta", "cost"): torch.float64,
 }
@@ -44,6 +45,7 @@ class RowMeta:
         weights: 64-bit fingerprint of the weights, signed or unsigned.
         data: 64-bit fingerprint of the batch, signed or unsigned.
         attempt: how often the run had been reopened for writing.
+        run: which of several merged runs it comes from.
         time: when the row was made, in Unix seconds.
         cost: how long the measurement took, in seconds.
     """
@@ -54,16 +56,30 @@ class RowMeta:
     weights: int
     data: int
     attempt: int
+    run: int
     time: float
     cost: float
 
-    def row(self) -> dict[Key, int | float]:
-        """Return the numbers under their keys.
+    def numbers(self) -> list[int | float]:
+        """Return the numbers in the order of ``META``.
 
         Raises:
             SettingsError: a number is none, or does not fit into 64 bits.
         """
-        return {key: _number(key, getattr(self, key[1]), dtype) for key, dtype in META.items()}
+        return [_number(key, getattr(self, key[1]), dtype) for key, dtype in META.items()]
+
+    @staticmethod
+    def given(meta: Mapping[str, Any]) -> dict[Key, int | float]:
+        """Return some of the numbers under their keys.
+
+        Raises:
+            SettingsError: a name is none of them, or a number is none or does not fit into 64 bits.
+        """
+        for name in meta:
+            if ("meta", name) not in META:
+                known = [key[1] for key in META]
+                raise SettingsError(f"{name!r} is none of what describes a row ({', '.join(known)})")
+        return {("meta", name): _number(("meta", name), value, META["meta", name]) for name, value in meta.items()}
 
 
 def _number(key: Key, value: Any, dtype: torch.dtype) -> int | float:
@@ -96,18 +112,19 @@ def key_name(key: Key) -> str:
     return ".".join(key)
 
 
-def flatten(artifacts: TensorDictBase | Mapping[Any, Any]) -> dict[Key, Tensor]:
-    """Return the tensors of a row by key, detached, whatever the nesting.
+def flatten(artifacts: TensorDictBase | Mapping[Any, Any], files: Collection[Key] = ()) -> dict[Key, Value]:
+    """Return the values of a row by key, tensors detached, whatever the nesting.
 
     Args:
         artifacts: a TensorDict or nested mapping; numbers and arrays become tensors.
+        files: keys whose values, with all that lies below them, are kept in a file.
 
     Raises:
         SchemaError: a value is no tensor, a key is reserved, or there is nothing.
     """
     if not (isinstance(artifacts, Mapping) or is_tensor_collection(artifacts)):
         raise SchemaError(f"a row is a TensorDict or a mapping of keys to tensors, got {type(artifacts).__name__}")
-    row = dict(_leaves(artifacts, ()))
+    row = dict(_leaves(artifacts, (), files))
     if not row:
         raise SchemaError("the row holds no tensor")
     for key in row:
@@ -116,15 +133,22 @@ def flatten(artifacts: TensorDictBase | Mapping[Any, Any]) -> dict[Key, Tensor]:
     return row
 
 
-def _leaves(tree: Any, prefix: Key) -> Iterator[tuple[Key, Tensor]]:
+def _leaves(tree: Any, prefix: Key, files: Collection[Key]) -> Iterator[tuple[Key, Value]]:
     for name, value in tree.items():
         key = (*prefix, name) if isinstance(name, str) else (*prefix, *as_key(name))
-        if isinstance(value, Tensor):
+        if is_non_tensor(value) and isinstance(value.data, bytes):
+            value = value.data
+        if isinstance(value, (bytes, bytearray)):
+            yield key, bytes(value)
+        elif isinstance(value, Tensor):
             yield key, value.detach()
         elif is_non_tensor(value):
             raise SchemaError(f"key {show(key)!r} holds a {type(value).__name__}; rows hold tensors only")
         elif isinstance(value, Mapping) or is_tensor_collection(value):
-            yield from _leaves(value, key)
+            if key in files:
+                yield key, value if is_tensor_collection(value) else TensorDict(value)
+            else:
+                yield from _leaves(value, key, files)
         else:
             yield key, _as_tensor(key, value)
 

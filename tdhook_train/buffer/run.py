@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tdhook_train.buffer import events, folder
 from tdhook_train.buffer.artifact import Artifact
+from tdhook_train.buffer.declaration import Declaration
+from tdhook_train.buffer.entry import Entry
 from tdhook_train.buffer.lock import WriterLock
-from tdhook_train.buffer.manifest import Entry, Manifest
-from tdhook_train.buffer.schema import Declaration
+from tdhook_train.buffer.manifest import MANIFEST, Manifest
+from tdhook_train.buffer.row_writer import RowWriter
+from tdhook_train.buffer.rows import Damaged, Rows
 from tdhook_train.buffer.storage import GrowingMemmapStorage
-from tdhook_train.errors import KeyMissingError, did_you_mean
+from tdhook_train.errors import DamagedError, DamagedWarning, KeyMissingError, did_you_mean
 
 __all__ = ["Run"]
 
@@ -22,10 +27,11 @@ __all__ = ["Run"]
 class Run:
     """What can be read of a run, whether this process writes it or another one."""
 
-    def _begin(self, path: Path, mode: Literal["r", "a"], seed: int) -> None:
+    def _begin(self, path: Path, mode: Literal["r", "a"], seed: int, damaged: Damaged = "raise") -> None:
         self.path = path.absolute()  # the working directory may change under a run
         self.seed = seed
         self._mode = mode
+        self._damaged = damaged
         self._closed = False
         self._lock: WriterLock | None = None
         self._process = os.getpid()
@@ -39,23 +45,39 @@ class Run:
         """How often the run was reopened for writing."""
         return self._manifest.attempt
 
-    def _refresh(self) -> None:
+    def follow(self) -> None:
+        """Take in which artifacts another process has begun since."""
         if self._mode == "a" or (seen := folder.signature(self.path)) in (None, self._seen):
             return
         manifest = Manifest.read(self.path)
         if manifest.run != self._manifest.run:
             self._artifacts.clear()  # the folder was overwritten by another run
-        for name, artifact in self._artifacts.items():
-            if (entry := manifest.artifacts[name]).generation != artifact.storage.generation:
-                artifact.storage.attach_files(entry.generation)
         self._manifest, self._seen = manifest, seen
+
+    def _find_manifest(self) -> Manifest:
+        """Return the manifest, or what can be made of it from what lies beside the rows."""
+        try:
+            return Manifest.read(self.path)
+        except (FileNotFoundError, DamagedError) as error:
+            missing = isinstance(error, FileNotFoundError)
+            found = Manifest.recover(self.path) if missing or self._mode == "r" else None
+            if found is None:
+                raise
+        warnings.warn(
+            f"{self.path / MANIFEST} is {'missing' if missing else 'damaged'}; it was made again from what lies beside "
+            f"the rows ({', '.join(found.artifacts)}), without the labels of runs and the names of other folders",
+            DamagedWarning,
+            stacklevel=4,
+        )
+        rows = [Rows(self.path / name, entry, damaged=self._damaged) for name, entry in found.artifacts.items()]
+        return replace(found, attempt=max((each.last_attempt for each in rows), default=0))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
 
     def keys(self) -> list[str]:
         """Return the names of the artifacts that have rows, in the order they were declared."""
-        self._refresh()
+        self.follow()
         return list(self._manifest.artifacts)
 
     def __len__(self) -> int:
@@ -74,18 +96,31 @@ class Run:
             raise KeyMissingError(f"{self.path} has no artifact {name!r}{did_you_mean(str(name), self)}")
         if name not in self._artifacts:
             entry = self._manifest.artifacts[name]
-            mode: Literal["r", "a"] = "r" if self._mode == "r" or self._closed else "a"
-            self._artifacts[name] = self._open_artifact(name, entry, mode)
+            self._artifacts[name] = self._artifact(name, self._rows(name, entry))
         artifact = self._artifacts[name]
         artifact.refresh()
         return artifact
 
-    def _open_artifact(self, name: str, entry: Entry, mode: Literal["r", "w", "a"]) -> Artifact:
-        storage = GrowingMemmapStorage(
-            self.path / name, entry.schema, mode=mode, name=name, generation=entry.generation
-        )
+    def _rows(self, name: str, entry: Entry) -> Rows:
+        if self._mode == "r" or self._closed:
+            return Rows(self.path / name, entry, damaged=self._damaged)
+        return RowWriter(self.path / name, entry, mode="a", attempt=self.attempt, damaged=self._damaged)
+
+    def _artifact(self, name: str, rows: Rows) -> Artifact:
         seed = zlib.crc32(name.encode(), self.seed)  # artifacts of one run draw apart
-        return Artifact(storage, seed=seed, refresh=self._refresh if mode == "r" else None)
+        return Artifact(GrowingMemmapStorage(rows), self, seed=seed)
+
+    @property
+    def runs(self) -> list[str]:
+        """The labels of the runs that were merged into this one, by the number in ``("meta", "run")``."""
+        return list(self._manifest.runs)
+
+    def verify(self) -> list[str]:
+        """Read everything there is, and return what is damaged, in words; an empty list if nothing is.
+
+        Rows written without checksums (those of 1 MB and more, unless declared otherwise) count as whole.
+        """
+        return [text for name in self for text in self[name].storage.disk.verify()]
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else {"r": "reading", "a": "writing"}[self._mode]

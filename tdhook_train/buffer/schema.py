@@ -2,91 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import PurePath
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdhook_train.buffer.row import META, Key, Row, as_key, key_name, show
-from tdhook_train.errors import SchemaError, SettingsError, did_you_mean
+from tdhook_train.buffer.declaration import Declaration, Label
+from tdhook_train.buffer.row import META, Key, Value, key_name, show
+from tdhook_train.errors import SchemaError, did_you_mean
 
-__all__ = ["Column", "Declaration", "Label", "Schema", "plain"]
-
-Label = str | int | float | bool
-_RESERVED_DIMS = ("step", "value")  # columns of a tidy table
-
-
-def plain(value: Any, where: str) -> Any:
-    """Return ``value`` as JSON gives it back: functions by qualified name, paths and dtypes as text."""
-    try:
-        return json.loads(json.dumps(value, default=_plain_leaf))
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"{where} cannot be written as JSON: {error}") from None
-
-
-def _plain_leaf(value: Any) -> Any:
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, (torch.dtype, torch.device, PurePath)):
-        return str(value)
-    if isinstance(value, Tensor) or hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, Callable) and hasattr(value, "__qualname__"):  # type: ignore[arg-type]
-        return f"{value.__module__}.{value.__qualname__}"
-    raise TypeError(f"a {type(value).__name__} is no plain value")
-
-
-@dataclass(frozen=True)
-class Declaration:
-    """What describes an artifact before its first row.
-
-    Args:
-        dims: names of a key's dimensions; a last name ``"*x"`` stands for all that remain.
-        coords: labels of a dimension.
-        settings: what the artifact was made with, as JSON.
-        legend: what the codes of a key mean.
-    """
-
-    dims: Mapping[Key, tuple[str, ...]] = field(default_factory=dict)
-    coords: Mapping[str, list[Label]] = field(default_factory=dict)
-    settings: Any = None
-    legend: Mapping[Key, Mapping[int, str]] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        dims: Mapping[Any, Iterable[str] | str],
-        coords: Mapping[str, Iterable[Label]] | None,
-        settings: Any = None,
-        legend: Mapping[Any, Mapping[int, str]] | None = None,
-    ) -> Declaration:
-        """Build one from what a user writes.
-
-        Raises:
-            SettingsError: a name is used twice or reserved, or a value cannot be written as JSON.
-        """
-        return cls(
-            dims={as_key(key): _dim_names(as_key(key), names) for key, names in dims.items()},
-            coords={dim: plain(list(labels), f"coords of {dim!r}") for dim, labels in (coords or {}).items()},
-            settings=plain(settings, "settings"),
-            legend={as_key(key): {int(c): str(r) for c, r in codes.items()} for key, codes in (legend or {}).items()},
-        )
-
-
-def _dim_names(key: Key, names: Iterable[str] | str) -> tuple[str, ...]:
-    dims = tuple(names.split()) if isinstance(names, str) else tuple(names)
-    if len(set(dims)) < len(dims):
-        raise SettingsError(f"dims of {show(key)!r}: {dims} names a dimension twice")
-    for dim in dims:
-        if dim in _RESERVED_DIMS:
-            raise SettingsError(f"dims of {show(key)!r}: {dim!r} is taken by the tables; use another name")
-        if dim.startswith("*") and dim is not dims[-1]:
-            raise SettingsError(f"dims of {show(key)!r}: only the last of {dims} may begin with a star")
-    return dims
+__all__ = ["Column", "Schema"]
 
 
 @dataclass(frozen=True)
@@ -124,24 +51,32 @@ class Schema:
     coords: Mapping[str, list[Label]]
     settings: Any
     legend: Mapping[Key, Mapping[int, str]]
+    files: tuple[Key, ...] = ()
 
     @classmethod
-    def of(cls, row: Mapping[Key, Tensor], declared: Declaration) -> Schema:
+    def of(cls, row: Mapping[Key, Value], declared: Declaration) -> Schema:
         """Build the schema that a first row and its declaration fix; the columns of ``meta`` are added.
+
+        A key that holds bytes is kept in files, declared or not.
 
         Raises:
             SchemaError: the row does not fit what was declared.
         """
-        for key in (*declared.dims, *declared.legend):
+        for key in (*declared.dims, *declared.legend, *declared.files):
             if key not in row:
                 hint = did_you_mean(key_name(key), map(key_name, row))
                 raise SchemaError(f"key {show(key)!r} was declared, but the first row has none{hint}")
-        columns = {key: Column.of(key, value, declared.dims.get(key)) for key, value in row.items()}
-        for key in columns:
-            if any(key[:n] in columns for n in range(1, len(key))):
+        files = tuple(key for key, value in row.items() if key in declared.files or isinstance(value, bytes))
+        columns = {
+            key: Column.of(key, value, declared.dims.get(key))
+            for key, value in row.items()
+            if isinstance(value, Tensor) and key not in files
+        }
+        for key in row:
+            if any(key[:n] in row for n in range(1, len(key))):
                 raise SchemaError(f"key {show(key)!r} lies below a key that holds a tensor")
         columns |= {key: Column(key, (), dtype, ()) for key, dtype in META.items()}
-        schema = cls(columns, declared.coords, declared.settings, declared.legend)
+        schema = cls(columns, declared.coords, declared.settings, declared.legend, files)
         schema._check_labels()
         return schema
 
@@ -154,34 +89,61 @@ class Schema:
                         "one for each label"
                     )
 
-    def check(self, row: Row, *, of: str = "row", batched: bool = False) -> None:
+    @property
+    def row_bytes(self) -> int:
+        """What a row's values take up, without those kept in files."""
+        return sum(torch.Size(c.shape).numel() * c.dtype.itemsize for c in self.columns.values())
+
+    def check(self, row: Mapping[Key, Value], *, of: str = "row", batched: bool = False, meta: bool = True) -> None:
         """Refuse a row that differs.
 
         Args:
-            row: tensors, or plain numbers for scalars, by key.
+            row: values by key.
             of: what the row belongs to, for the message.
             batched: the first dimension of each tensor counts rows.
+            meta: whether the row holds its meta.
 
         Raises:
             SchemaError: naming the keys that differ, what was given and what was expected.
         """
         wrong = [text for key, value in row.items() if (text := self._difference(key, value, batched))]
-        wrong += [f"key {show(key)!r} is missing" for key in self.columns if key not in row]
+        expected = [key for key in (*self.columns, *self.files) if meta or key not in META]
+        wrong += [f"key {show(key)!r} is missing" for key in expected if key not in row]
         if wrong:
             raise SchemaError(f"{of}: {'; '.join(wrong[:5])}{'; …' if len(wrong) > 5 else ''}")
 
-    def _difference(self, key: Key, value: Tensor | float, batched: bool) -> str:
+    def _difference(self, key: Key, value: Value, batched: bool) -> str:
         column = self.columns.get(key)
         if column is None:
-            return f"key {show(key)!r} is extra{did_you_mean(key_name(key), map(key_name, self.columns))}"
+            if key in self.files:
+                return ""
+            known = map(key_name, (*self.columns, *self.files))
+            return f"key {show(key)!r} is extra{did_you_mean(key_name(key), known)}"
         if not isinstance(value, Tensor):
-            return "" if column.shape == () else f"key {show(key)!r} is a number, expected shape {column.shape}"
+            return f"key {show(key)!r} holds {type(value).__name__}, expected a tensor of shape {column.shape}"
         shape = value.shape[1:] if batched else value.shape
         if shape != column.shape:
             return f"key {show(key)!r} has shape {tuple(shape)}, expected {column.shape}"
         if value.dtype != column.dtype:
             return f"key {show(key)!r} has dtype {value.dtype}, expected {column.dtype}"
         return ""
+
+    def check_same(self, other: Schema) -> None:
+        """Refuse another schema.
+
+        Raises:
+            SchemaError: naming what differs.
+        """
+        for key in (*self.columns, *self.files, *other.columns, *other.files):
+            mine, given = self.columns.get(key), other.columns.get(key)
+            if mine != given or (key in self.files) != (key in other.files):
+                raise SchemaError(
+                    f"key {show(key)!r} is {_column(self, key)} in one and {_column(other, key)} in the other"
+                )
+        for what in ("coords", "settings", "legend"):
+            mine, given = getattr(self, what), getattr(other, what)
+            if _text(mine) != _text(given):
+                raise SchemaError(f"{what} differ: {_first_difference(given, mine)}")
 
     def check_declaration(self, declared: Declaration, *, of: str) -> None:
         """Refuse a declaration under which the rows stored so far would mean something else.
@@ -195,6 +157,10 @@ class Schema:
                 raise SchemaError(f"{of}: key {show(key)!r} is declared, but not among {_keys(self.columns)}")
             if (given := _expand(key, column.shape, dims)) != column.dims:
                 raise SchemaError(f"{of}: dims of {show(key)!r} are {given}, expected {column.dims} as stored")
+        if declared.files and set(declared.files) != set(self.files):
+            raise SchemaError(
+                f"{of}: files are {_keys(declared.files)}, expected {_keys(self.files) or 'none'} as stored"
+            )
         for what in ("coords", "settings", "legend"):
             given, stored = getattr(declared, what), getattr(self, what)
             if given != stored and _text(given) != _text(stored):  # a NaN is unlike itself
@@ -207,6 +173,7 @@ class Schema:
                 {"key": list(c.key), "shape": list(c.shape), "dtype": str(c.dtype)[6:], "dims": list(c.dims)}
                 for c in self.columns.values()
             ],
+            "files": [list(key) for key in self.files],
             "coords": {dim: list(labels) for dim, labels in self.coords.items()},
             "settings": self.settings,
             "legend": [
@@ -227,7 +194,15 @@ class Schema:
             coords=dict(text["coords"]),
             settings=text["settings"],
             legend={tuple(e["key"]): {int(c): r for c, r in e["codes"].items()} for e in text["legend"]},
+            files=tuple(tuple(key) for key in text["files"]),
         )
+
+
+def _column(schema: Schema, key: Key) -> str:
+    if key in schema.files:
+        return "kept in files"
+    column = schema.columns.get(key)
+    return "missing" if column is None else f"{str(column.dtype)[6:]} of shape {column.shape} with dims {column.dims}"
 
 
 def _text(value: Any) -> str:

@@ -2,213 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyMemmapStorage
 
-from tdhook_train.buffer.column_file import ColumnFile, file_name
-from tdhook_train.buffer.row import Key, Row, as_key, key_name
+from tdhook_train.buffer.entry import Entry
+from tdhook_train.buffer.row import META, Key, as_key, flatten
+from tdhook_train.buffer.row_writer import MAX_ROWS, RowWriter
+from tdhook_train.buffer.rows import Rows
 from tdhook_train.buffer.schema import Schema
-from tdhook_train.errors import ClosedError, KeyMissingError, SchemaError, SettingsError, did_you_mean
+from tdhook_train.errors import ClosedError, SettingsError
 
 __all__ = ["GrowingMemmapStorage"]
 
-_MAX_ROWS = 2**31 - 1  # samplers draw int32 positions
-_FIRST_BYTES = 2**18  # room at first, in bytes and in rows, whichever is less
-_FIRST_ROWS = 256
-_GROWTH_BYTES = 2**28  # doubling beyond this would hold back disk that nobody may come to need
-
 
 class GrowingMemmapStorage(LazyMemmapStorage):
-    """Rows in memory-mapped files, one a key, beside one word a row that says whether the row is whole.
+    """Rows on disk, as samplers, transforms and replay buffers of TorchRL see them.
 
-    A row is written in three moves: its word is set to 0, its values are copied, its word is set to its number + 1. The
-    length is the number of leading rows with the right word, whatever killed the writer. Several processes may read
-    while one writes. (The moves are ordered by the processor's store order on x86, and on ARM by the locks that torch
-    and Python take between them.)
+    Positions count the rows in the order in which they were written.
 
     Args:
-        folder: where the files lie.
-        schema: what a row looks like; checked before every write.
-        mode: ``"w"`` begins empty, ``"a"`` goes on writing, ``"r"`` reads only, also from a read-only file system.
-        name: of the artifact, for messages.
-        generation: number of the set of files; rewriting an artifact makes a new one.
+        rows: what is read and written.
     """
 
     supports_conditional_update = False  # rows are written once
 
-    def __init__(
-        self, folder: Path, schema: Schema, *, mode: Literal["r", "w", "a"], name: str = "row", generation: int = 0
-    ) -> None:
+    def __init__(self, rows: Rows) -> None:
         # compilable=True keeps the counters plain: shared ones start a resource tracker process
-        super().__init__(_MAX_ROWS, scratch_dir=folder, compilable=True)
+        super().__init__(MAX_ROWS, scratch_dir=rows.folder, compilable=True)
         self._revision = 0
-        self.folder = folder
-        self.schema = schema
-        self.name = name
-        self.writable = mode != "r"
-        self.attach_files(generation, create=mode == "w")
-
-    def attach_files(self, generation: int, *, create: bool = False) -> None:
-        """Switch to a set of files and count its rows."""
-        self.generation = generation
-        keys = enumerate(self.schema.columns.values())
-        self._columns = {c.key: self._file(file_name(generation, i, c.key), c.shape, c.dtype) for i, c in keys}
-        self._words = self._file(f"{generation}.commits", (), torch.int64)
-        if create:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._create()
-        self._len = 0
-        self._map()
-        self._len = self._count(0)
-        if self.writable:
-            # a word beyond the first gap would count again as soon as the gap is filled
-            self._words.rows[self._len :].zero_()
-        self._bump_mutation_revision()
-
-    def _file(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> ColumnFile:
-        return ColumnFile(self.folder / name, shape, dtype, writable=self.writable)
-
-    def _create(self) -> None:
-        row_bytes = sum(column.row_bytes for column in self._columns.values())
-        for file in self._files():
-            file.create()
-            file.reserve(max(1, min(_FIRST_ROWS, _FIRST_BYTES // row_bytes)))
-
-    def _files(self) -> list[ColumnFile]:
-        # the words come last: readers take the capacity from them, so the values have to be there already
-        return [*self._columns.values(), self._words]
-
-    def _map(self) -> None:
-        # values may have less room than words, where the disk was full in between, and by now more than the words
-        # that are mapped, where a writer has grown all files since
-        room = self._words.size()
-        self._words.map(room)
-        capacity = min([room, *(column.size() for column in self._columns.values())])
-        for column in self._columns.values():
-            column.map(capacity)
-        self._storage = _nested({key: column.rows for key, column in self._columns.items()}, capacity)
-        self._capacity = capacity
+        self.disk = rows
+        self.writable = rows.writable
         self.initialized = True
+        self._follow()
 
-    def _count(self, start: int) -> int:
-        words = self._words.rows
-        wrong = words[start:] != torch.arange(start + 1, len(words) + 1, device="cpu")
-        length = start + int(wrong.to(torch.uint8).argmax()) if bool(wrong.any()) else len(words)
-        if length > self._capacity:
-            short = min(self._files(), key=ColumnFile.size)
-            raise SchemaError(f"{short.path} holds {short.size()} rows, expected {length}: the file was cut")
-        return length
+    @property
+    def name(self) -> str:
+        """The artifact's name, for messages."""
+        return self.disk.name
+
+    @property
+    def schema(self) -> Schema:
+        """What every row looks like."""
+        return self.disk.entry.schema
+
+    def _follow(self) -> None:
+        if getattr(self, "_capacity", None) != self.disk.capacity:
+            self._storage = self.disk.views()
+            self._capacity = self.disk.capacity
+        self._len = len(self.disk)
+        self._bump_mutation_revision()
 
     def refresh(self) -> None:
         """Take in what another process has written since; nothing to do for a writer."""
-        if self.writable:
-            return
-        if not self._words.path.exists():
-            return  # the run was deleted; what is mapped can still be read
-        if self._words.size() > self._capacity:
-            self._map()
-        back = self._len > 0 and self._words.number(self._len - 1) != self._len  # the writer went to an earlier step
-        more = self._len < self._capacity and self._words.number(self._len) == self._len + 1
-        if back or more:
-            self._len = self._count(0 if back else self._len)
-            self._bump_mutation_revision()
+        if not self.writable and self.disk.refresh():
+            self._follow()
 
     # --- writing
 
-    def append(self, row: Row) -> int:
-        """Commit one row and return its position.
+    def append(self, row: Mapping[Key, Any], meta: Sequence[float]) -> int:
+        """Commit one row, its meta in the order of ``META``, and return its position, -1 where others are kept.
 
         Raises:
             SchemaError: the row differs from the schema; nothing is written.
             ClosedError: opened for reading.
-            OSError: the disk is full; nothing is lost, and the next append tries again.
+            DiskError: the disk is full; nothing is lost, and the next append tries again.
         """
-        self._check_writable()
-        self.schema.check(row, of=self.name)
-        index = self._len
-        self._reserve(index + 1)
-        self._words.put(index, 0)
-        for key, column in self._columns.items():
-            column.put(index, row[key])
-        self._words.put(index, index + 1)
-        self._len = index + 1
-        self._bump_mutation_revision()
-        return index
+        writer = self._writer()
+        self.schema.check(row, of=self.name, meta=False)
+        position = writer.append(row, meta)
+        self._follow()
+        return position
 
     def extend(self, rows: TensorDictBase) -> Tensor:
-        """Commit several rows, batch first, and return their positions; a kill keeps the leading ones.
+        """Commit several rows with their meta, batch first; a kill keeps the leading ones.
+
+        Returns:
+            The positions of those that are kept, int64.
 
         Raises:
             SchemaError: the rows differ from the schema; none is written.
         """
-        self._check_writable()
+        writer, files = self._writer(), self.schema.files
+        if files:
+            each = [self.append(*_apart(row, files)) for row in rows.unbind(0)]
+            return torch.tensor([position for position in each if position >= 0], dtype=torch.int64, device="cpu")
         values = {as_key(key): value for key, value in rows.items(include_nested=True, leaves_only=True)}
         self.schema.check(values, of=self.name, batched=True)
-        start, end = self._len, self._len + rows.batch_size[0]
-        self._reserve(end)
-        self._words.rows[start:end] = 0
-        for key, column in self._columns.items():
-            column.rows[start:end].copy_(values[key].detach())
-        index = torch.arange(start, end, device="cpu")
-        self._words.rows[start:end] = index + 1
-        self._len = end
-        self._bump_mutation_revision()
-        return index
+        positions = writer.extend(values, rows.batch_size[0])
+        self._follow()
+        return torch.tensor(positions, dtype=torch.int64, device="cpu")
 
-    def _check_writable(self) -> None:
-        if not self.writable:
+    def _writer(self) -> RowWriter:
+        if not (self.writable and isinstance(self.disk, RowWriter)):
             raise ClosedError(f"{self.name!r} was opened for reading; open it with mode='a' to write")
+        return self.disk
 
-    def _reserve(self, rows: int) -> None:
-        if rows <= self._capacity:
-            return
-        if rows > self.max_size:
-            raise SettingsError(f"{self.name!r} holds {self._len} rows; {self.max_size} is the most there can be")
-        row_bytes = sum(file.row_bytes for file in self._files())
-        capacity = max(rows, min(2 * self._capacity, self._capacity + max(1, _GROWTH_BYTES // row_bytes)))
-        try:
-            for file in self._files():
-                file.reserve(capacity)
-        except OSError:
-            for column in self._columns.values():
-                column.give_back(self._capacity)
-            raise
-        self._map()
+    def drop(self, positions: Sequence[int]) -> None:
+        """Drop rows, given in ascending order; their places are taken by later ones."""
+        self._writer().drop(positions)
+        self._follow()
 
-    def cut(self, length: int) -> None:
-        """Drop every row from ``length`` on; the files keep their size, since others may have mapped them."""
-        self._check_writable()
-        self._words.rows[length : self._len].zero_()
-        self._len = min(length, self._len)
-        self._bump_mutation_revision()
-
-    def flush(self) -> None:
-        """Wait until all rows are on the disk: values first, so that a power cut commits nothing that is not there."""
-        for file in self._files():
-            file.sync()
+    def limit(self, entry: Entry) -> None:
+        """Keep as many rows as the entry says, from now on."""
+        self._writer().limit(entry)
+        self._follow()
 
     # --- reading
 
-    def column(self, key: Key) -> Tensor:
-        """Return one key's committed values in write order, a view of the file.
+    def get(self, index: Any) -> Any:
+        """Return rows by position: views of the files for a slice, which no checksum is looked at for, else copies.
 
         Raises:
-            KeyMissingError: there is no such key.
+            DamagedError: something of that is damaged.
         """
-        if key not in self._columns:
-            hint = did_you_mean(key_name(key), map(key_name, self._columns))
-            raise KeyMissingError(f"{self.name!r} has no key {key_name(key)!r}{hint}")
-        return self._columns[key].rows[: self._len]
-
-    def rows(self, index: Tensor) -> TensorDict:
-        """Return copies of the rows at these positions, batch first, reading no others."""
-        return _nested({key: column.rows[index] for key, column in self._columns.items()}, len(index))
+        disk = self.disk
+        if disk.dense and (disk.own or isinstance(index, slice)):
+            return super().get(index)
+        positions = _positions(index, self._len)
+        for _ in range(3):
+            places = disk.places(positions.reshape(-1))
+            rows = disk.table(places, disk.words(places))
+            if len(rows) == positions.numel():
+                return rows[0] if not positions.ndim else rows
+            self.refresh()  # some were replaced by later rows while they were read: take those
+        raise IndexError(f"rows of {self.name!r} were dropped while they were read; the newest are being replaced")
 
     # --- what TorchRL calls
 
@@ -241,18 +163,23 @@ class GrowingMemmapStorage(LazyMemmapStorage):
         return torch.Size([self._len])
 
     def _empty(self) -> None:
-        self.cut(0)
+        self.drop(range(self._len))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: ARG002
         """Refuse: the rows are in the files already."""
-        raise SettingsError(f"rows of {self.name!r} live in {self.folder}; open the run instead of loading a state")
+        raise SettingsError(
+            f"rows of {self.name!r} live in {self.disk.folder}; open the run instead of loading a state"
+        )
 
 
-def _nested(values: dict[Key, Tensor], batch: int) -> TensorDict:
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        branch = tree
-        for part in key[:-1]:
-            branch = branch.setdefault(part, {})
-        branch[key[-1]] = value
-    return TensorDict(tree, batch_size=[batch], device=torch.device("cpu"))
+def _apart(row: TensorDictBase, files: Sequence[Key]) -> tuple[dict[Key, Any], list[float]]:
+    meta = [row[key].item() for key in META]
+    return flatten(row.exclude("meta"), files), meta
+
+
+def _positions(index: Any, length: int) -> Tensor:
+    if isinstance(index, Tensor) and index.ndim == 1 and not index.is_floating_point() and index.dtype != torch.bool:
+        if index.numel() and not -length <= int(index.min()) <= int(index.max()) < length:
+            raise IndexError(f"positions {int(index.min())} to {int(index.max())} of {length} rows")
+        return torch.where(index < 0, index + length, index).to(torch.int64)
+    return torch.arange(length, device="cpu")[index]

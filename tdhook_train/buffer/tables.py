@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdhook_train.buffer.declaration import Label
 from tdhook_train.buffer.row import META, Key, key_name
-from tdhook_train.buffer.schema import Column, Label, Schema
+from tdhook_train.buffer.schema import Column, Schema
 from tdhook_train.errors import MissingPackageError
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-__all__ = ["dataset", "summary", "tidy"]
+__all__ = ["array", "dataset", "package", "summary", "tidy"]
 
 
-def _package(name: str) -> Any:
+def package(name: str) -> Any:
+    """Return an optional package, or raise with its install line."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise MissingPackageError(f'{name} is not installed: pip install "tdhook-train[plots]"') from None
+        raise MissingPackageError(f'{name} is not installed: pip install "tdhook-train[tables]"') from None
 
 
-def _array(value: Tensor) -> Any:
+def array(value: Tensor) -> Any:
+    """Return a value as numpy has it."""
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # numpy has no bfloat16
 
 
@@ -38,51 +41,65 @@ def _labels(column: Column, coords: Mapping[str, list[Label]]) -> list[list[Labe
     return [list(coords.get(dim, range(size))) for dim, size in sizes]
 
 
-def tidy(values: Tensor, steps: Tensor, column: Column, coords: Mapping[str, list[Label]]) -> pd.DataFrame:
-    """Return one key with one line a number: ``step``, the dimensions, ``value``."""
-    pandas = _package("pandas")
-    numpy = _package("numpy")
+def tidy(rows: TensorDictBase, column: Column, coords: Mapping[str, list[Label]], runs: Sequence[str]) -> pd.DataFrame:
+    """Return one key with one line a number: ``run`` (of merged runs), ``step``, the dimensions, ``value``."""
+    pandas = package("pandas")
+    numpy = package("numpy")
+    values = rows[column.key]
     names = ["step", *column.dims]
-    axes = [steps.tolist(), *_labels(column, coords)]
+    axes = [rows["meta", "step"].tolist(), *_labels(column, coords)]
     places = numpy.indices(values.shape).reshape(len(names), -1)
     table = {name: pandas.Index(axis).take(place) for name, axis, place in zip(names, axes, places, strict=True)}
-    return pandas.DataFrame({**table, "value": _array(values).reshape(-1)})
+    if runs:
+        table = {"run": _run_labels(rows, runs).take(places[0]), **table}
+    return pandas.DataFrame({**table, "value": array(values).reshape(-1)})
 
 
-def summary(rows: TensorDict) -> pd.DataFrame:
+def _run_labels(rows: TensorDictBase, runs: Sequence[str]) -> Any:
+    return package("pandas").Index(runs).take(array(rows["meta", "run"]))
+
+
+def summary(rows: TensorDictBase, runs: Sequence[str]) -> pd.DataFrame:
     """Return one line a row: its meta, under plain names, and every key that holds a single number."""
-    pandas = _package("pandas")
-    table = {key[1]: _array(rows[key]) for key in META}
+    pandas = package("pandas")
+    table = {key[1]: array(rows[key]) for key in META}
+    if runs:
+        table["run"] = _run_labels(rows, runs)
+    else:
+        del table["run"]
     for key, value in _items(rows):
         if value.ndim == 1 and key not in META:
-            table[_free(key_name(key), table)] = _array(value)
+            table[_free(key_name(key), table)] = array(value)
     return pandas.DataFrame(table)
 
 
-def dataset(rows: TensorDict, schema: Schema) -> xr.Dataset:
+def dataset(rows: TensorDictBase, schema: Schema, runs: Sequence[str]) -> xr.Dataset:
     """Return every key as a labelled variable, the meta as coordinates along ``step``."""
-    xarray = _package("xarray")
+    xarray = package("xarray")
     sizes: dict[str, int] = {}
-    for column in schema.columns.values():
+    columns = {key: schema.columns[key] for key, _ in _items(rows)}
+    for column in columns.values():
         for dim, size in zip(column.dims, column.shape, strict=True):
             sizes[dim] = size if sizes.get(dim, size) == size else -1
     coords: dict[str, Any] = {dim: labels for dim, labels in schema.coords.items() if dim in sizes}
-    coords["step"] = _array(rows["meta", "step"])
+    coords["step"] = array(rows["meta", "step"])
     for key in META:
-        if key[1] != "step":
-            coords[_free(key[1], sizes)] = ("step", _array(rows[key]))
+        if key[1] not in ("step", "run"):
+            coords[_free(key[1], sizes)] = ("step", array(rows[key]))
+    if runs:
+        coords[_free("run", sizes)] = ("step", _run_labels(rows, runs))
     values = {}
     for key, value in _items(rows):
         if key not in META:
-            dims = [dim if sizes[dim] >= 0 else f"{key_name(key)}.{dim}" for dim in schema.columns[key].dims]
-            values[_free(key_name(key), coords)] = (("step", *dims), _array(value))
+            dims = [dim if sizes[dim] >= 0 else f"{key_name(key)}.{dim}" for dim in columns[key].dims]
+            values[_free(key_name(key), coords)] = (("step", *dims), array(value))
     legend = {key_name(key): codes for key, codes in schema.legend.items()}
     attrs = {"settings": json.dumps(schema.settings), "legend": json.dumps(legend)}
     result: xr.Dataset = xarray.Dataset(values, coords, attrs)
     return result
 
 
-def _items(rows: TensorDict) -> list[tuple[Key, Tensor]]:
+def _items(rows: TensorDictBase) -> list[tuple[Key, Tensor]]:
     items = rows.items(include_nested=True, leaves_only=True)
     return [((key,) if isinstance(key, str) else key, value) for key, value in items]
 

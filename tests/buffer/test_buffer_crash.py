@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tdhook_train.buffer import ArtifactBuffer
+from tdhook_train.errors import DamagedWarning
 
 KILLS = """
 import os, random, signal, sys, time
@@ -95,29 +96,29 @@ def test_a_reader_sees_whole_rows_and_new_artifacts_while_another_process_writes
     check_rows(artifact[:], torch.arange(3000))
 
 
-def test_a_row_without_its_commit_does_not_count_and_neither_does_what_follows(path, fill):
+def test_a_row_whose_commit_is_gone_is_named_and_the_others_are_there(path, fill):
     with ArtifactBuffer(path) as buffer:
         fill(buffer, range(6))
-        words = buffer["probe"].storage._words
-    words.put(3, 0)
-    assert ArtifactBuffer.open(path)["probe"].steps.tolist() == [0, 1, 2]
-    with ArtifactBuffer(path, resume=True) as buffer:
+        buffer["probe"].storage.disk._commits.invalidate(3)
+    with pytest.warns(DamagedWarning, match=r"probe: row 3 is damaged and left out"):
+        assert ArtifactBuffer.open(path)["probe"].steps.tolist() == [0, 1, 2, 4, 5]
+    with ArtifactBuffer(path, resume=True) as buffer, pytest.warns(DamagedWarning, match="row 3"):
         fill(buffer, [7])
-        assert buffer["probe"].steps.tolist() == [0, 1, 2, 7]
-    assert ArtifactBuffer.open(path)["probe"].steps.tolist() == [0, 1, 2, 7]
+        assert buffer["probe"].steps.tolist() == [0, 1, 2, 4, 5, 7]
+    with pytest.warns(DamagedWarning, match="row 3"):
+        assert ArtifactBuffer.open(path)["probe"].series("attr")[:, 0, 0].tolist() == [0, 1, 2, 4, 5, 7]
 
 
 def test_an_append_stopped_half_way_leaves_no_row(path, fill, monkeypatch):
     with ArtifactBuffer(path) as buffer:
         fill(buffer, range(3))
-        storage = buffer["probe"].storage
-        last = list(storage._columns.values())[-1]
+        last = buffer["probe"].storage.disk._columns[-1]
 
         def stop(*_):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(last, "put", stop)
+            patch.setattr(last, "checksum", stop)
             with pytest.raises(KeyboardInterrupt):
                 fill(buffer, [99])
         assert ArtifactBuffer.open(path)["probe"].steps.tolist() == [0, 1, 2]
@@ -166,21 +167,22 @@ def test_a_writer_may_grow_its_files_while_a_reader_maps_them(path, monkeypatch)
     with ArtifactBuffer(path) as buffer:
 
         def grow():
-            room = buffer["a"].storage._capacity
-            while buffer["a"].storage._capacity == room:
+            room = buffer["a"].storage.disk.capacity
+            while buffer["a"].storage.disk.capacity == room:
                 step = len(buffer["a"])
                 buffer.append("a", {"x": torch.full((3,), float(step))}, step=step)
 
         buffer.append("a", {"x": torch.zeros(3)}, step=0)
         reader = ArtifactBuffer.open(path)["a"]
-        words, map_words = reader.storage._words, reader.storage._words.map
+        commits = reader.storage.disk._commits
+        map_commits = commits.map
 
         def map_then_grow(room):
-            map_words(room)
+            map_commits(room)
             grow()
 
         grow()
-        monkeypatch.setattr(words, "map", map_then_grow)
+        monkeypatch.setattr(commits, "map", map_then_grow)
         seen = reader.steps  # remaps, and the files grow once more in between
         monkeypatch.undo()
         assert torch.equal(seen, torch.arange(len(seen)))

@@ -8,8 +8,8 @@ import torch
 from tensordict import NonTensorData, TensorDict
 from torch.testing import assert_close
 
-from tdhook_train.buffer import ArtifactBuffer, storage
-from tdhook_train.errors import ClosedError, SchemaError, SettingsError
+from tdhook_train.buffer import ArtifactBuffer, row_writer
+from tdhook_train.errors import ClosedError, DiskError, SchemaError, SettingsError
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -42,19 +42,19 @@ def test_nan_and_infinities_are_kept(buffer):
 
 
 def test_growth_over_several_doublings_loses_nothing(path, monkeypatch):
-    monkeypatch.setattr(storage, "_FIRST_ROWS", 2)
+    monkeypatch.setattr(row_writer, "_FIRST_ROWS", 2)
     with ArtifactBuffer(path) as buffer:
         for step in range(300):
             buffer.append("a", {"x": torch.full((7,), step), "y": torch.tensor(step / 2)}, step=step)
         written = buffer["a"]
-        assert written.storage._capacity == 512
+        assert written.storage.disk.capacity == 512
     for artifact in (written, ArtifactBuffer.open(path)["a"]):
         assert torch.equal(artifact.series("x"), torch.arange(300)[:, None].expand(300, 7))
         assert torch.equal(artifact.series("y"), torch.arange(300) / 2)
 
 
 def test_a_tensor_read_before_the_files_grow_stays_valid(buffer, monkeypatch):
-    monkeypatch.setattr(storage, "_FIRST_ROWS", 2)
+    monkeypatch.setattr(row_writer, "_FIRST_ROWS", 2)
     buffer.append("a", {"x": torch.ones(1000)}, step=0)
     view = buffer["a"].storage[:]["x"]
     for step in range(1, 100):
@@ -145,7 +145,7 @@ def test_positions_count_up(buffer):
 
 
 def test_a_full_disk_is_an_error_that_loses_nothing_and_passes(path, fill, monkeypatch):
-    monkeypatch.setattr(storage, "_FIRST_ROWS", 4)
+    monkeypatch.setattr(row_writer, "_FIRST_ROWS", 4)
     buffer = ArtifactBuffer(path)
     fill(buffer, range(4))
     real, calls = os.posix_fallocate, []
@@ -158,8 +158,9 @@ def test_a_full_disk_is_an_error_that_loses_nothing_and_passes(path, fill, monke
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     used = sum(file.stat().st_size for file in (path / "probe").iterdir())
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskError, match="No space left on device: no room for 4 more rows .* of 'probe'") as caught:
         fill(buffer, [4])
+    assert caught.value.errno == 28
     assert buffer["probe"].steps.tolist() == [0, 1, 2, 3]
     assert sum(file.stat().st_size for file in (path / "probe").iterdir()) == used
     fill(buffer, range(4, 20))

@@ -1,0 +1,65 @@
+"""Rows reach the disk some seconds after they were written, without the training waiting for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+__all__ = ["Flusher"]
+
+
+class Flusher:
+    """Calls a function once, some seconds after the first row that it has not been called for.
+
+    While nothing waits to be flushed, no thread lives.
+
+    Args:
+        flush: what to call, in a thread.
+        every_s: how long a row may wait; 0 or less calls nothing.
+    """
+
+    def __init__(self, flush: Callable[[], None], every_s: float) -> None:
+        self._flush = flush
+        self._every_s = every_s
+        self._timer: threading.Timer | None = None  # waits
+        self._running: threading.Timer | None = None  # flushes
+        self._failed: OSError | None = None
+
+    def touch(self) -> None:
+        """Say that a row was written.
+
+        Raises:
+            OSError: an earlier flush failed, which is said once.
+        """
+        if self._timer is None and self._every_s > 0:
+            self._timer = threading.Timer(self._every_s, self._run)
+            self._timer.daemon = True  # a script that ends does not wait for it: the system holds the rows
+            self._timer.start()
+        self._say()
+
+    def _say(self) -> None:
+        if (failed := self._failed) is not None:
+            self._failed = None
+            raise failed
+
+    def _run(self) -> None:
+        self._running, self._timer = self._timer, None  # rows written from now on start the next one
+        try:
+            self._flush()
+        except OSError as error:
+            self._failed = error
+        finally:
+            self._running = None
+
+    def stop(self) -> None:
+        """Let no call follow, and wait for one that is under way.
+
+        Raises:
+            OSError: a flush failed, which nobody was told yet.
+        """
+        for timer in (self._timer, self._running):
+            if timer is not None:
+                timer.cancel()
+                timer.join()
+        self._timer = None
+        self._say()

@@ -1,0 +1,70 @@
+"""Rows as Parquet files, for people who go on in other languages."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdhook_train.buffer.row import key_name
+from tdhook_train.buffer.schema import Schema
+from tdhook_train.buffer.tables import array, package
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["write_rows", "write_table"]
+
+
+def write_table(table: pd.DataFrame, path: Path) -> Path:
+    """Write a table, all at once or not at all."""
+    arrow = package("pyarrow")
+    return _write([arrow.Table.from_pandas(table, preserve_index=False)], path)
+
+
+def write_rows(parts: Iterable[TensorDictBase], schema: Schema, runs: Sequence[str], path: Path) -> Path:
+    """Write rows, one line each, a group of lines a part."""
+    arrow = package("pyarrow")
+    described = json.dumps({"runs": list(runs), **schema.to_json()})
+    tables = (
+        arrow.table({key_name(key): _cells(part[key]) for key in schema.columns}).replace_schema_metadata(
+            {"tdhook_train": described}
+        )
+        for part in parts
+    )
+    return _write(tables, path)
+
+
+def _cells(values: Tensor) -> Any:
+    arrow = package("pyarrow")
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    flat = arrow.array(array(values).reshape(-1))
+    if values.ndim == 1:
+        return flat
+    size = values[0].numel() if len(values) else 0
+    offsets = arrow.array([size * i for i in range(len(values) + 1)], arrow.int64())
+    return arrow.LargeListArray.from_arrays(offsets, flat)
+
+
+def _write(tables: Iterable[Any], path: Path) -> Path:
+    parquet = package("pyarrow.parquet")
+    temporary, writer = path.with_name(f".{path.name}.{os.getpid()}.tmp"), None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for table in tables:
+            writer = writer or parquet.ParquetWriter(temporary, table.schema)
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path

@@ -1,0 +1,136 @@
+"""Values that no column can hold, since their shape differs from row to row: a file a row and key."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from tdhook_train.buffer.row import Key, Value, key_name
+from tdhook_train.errors import DamagedError
+
+__all__ = ["RowFiles"]
+
+_NAME = re.compile(r"([0-9a-f]{16})\.\d+\..*")
+
+
+class RowFiles:
+    """The files of one artifact's rows, named after the word that commits their row.
+
+    Args:
+        folder: the artifact's folder.
+        keys: whose values are files.
+    """
+
+    def __init__(self, folder: Path, keys: tuple[Key, ...]) -> None:
+        self.folder = folder
+        self.keys = keys
+        self._unsynced: list[Path] = []
+
+    def write(self, word: int, values: Mapping[Key, Value]) -> list[int]:
+        """Write the files of a row, each at once or not at all, and return their checksums in the order of keys."""
+        return [self._write(word, key, values[key]) for key in self.keys]
+
+    def _write(self, word: int, key: Key, value: Value) -> int:
+        data = bytes(value) if isinstance(value, (bytes, bytearray)) else _dumped(value)
+        path = self._path(word, key, raw=isinstance(value, (bytes, bytearray)))
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        self._unsynced.append(path)
+        return crc32(data)
+
+    def _path(self, word: int, key: Key, *, raw: bool) -> Path:
+        readable = "".join(c if c.isalnum() or c in "-_." else "_" for c in key_name(key))[:80]
+        return self.folder / f"{word:016x}.{self.keys.index(key)}.{readable}{'' if raw else '.pt'}"
+
+    def read(self, word: int, key: Key, checksum: int) -> Value | None:
+        """Return a value, None where the row was dropped.
+
+        Raises:
+            DamagedError: the file is not what was written.
+        """
+        path = next((p for raw in (False, True) if (p := self._path(word, key, raw=raw)).exists()), None)
+        try:
+            data = path.read_bytes() if path is not None else None
+        except FileNotFoundError:
+            data = None
+        if data is None or path is None:
+            return None
+        if checksum not in (0, crc32(data)):
+            raise DamagedError(f"{path} differs from its checksum")
+        if path == self._path(word, key, raw=True):
+            return data
+        return _loaded(data)
+
+    def bytes(self, words: Iterable[int]) -> int:
+        """Return how much the files of these rows take up."""
+        sizes: dict[int, int] = {}
+        for word, file in self._files():
+            sizes[word] = sizes.get(word, 0) + file.stat().st_size
+        return sum(sizes.get(word, 0) for word in words)
+
+    def drop(self, words: Iterable[int]) -> None:
+        """Delete the files of rows that were dropped; who has one open can go on reading it."""
+        for word in words:
+            for key in self.keys:
+                for raw in (False, True):
+                    self._path(word, key, raw=raw).unlink(missing_ok=True)
+
+    def sweep(self, words: Iterable[int]) -> None:
+        """Delete the files of all rows but these: what a killed writer left half-done."""
+        known = set(words)
+        for word, file in self._files():
+            if word not in known:
+                file.unlink()
+        for file in self.folder.glob(".*.tmp"):
+            file.unlink()
+
+    def _files(self) -> list[tuple[int, Path]]:
+        found = ((_NAME.fullmatch(file.name), file) for file in self.folder.iterdir()) if self.keys else ()
+        return [(int(match[1], 16), file) for match, file in found if match]
+
+    def sync(self) -> None:
+        """Wait until all files are on the disk."""
+        while self._unsynced:
+            path = self._unsynced.pop()
+            try:
+                fd = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:  # dropped since
+                continue
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def _dumped(value: Tensor | TensorDictBase) -> bytes:
+    if isinstance(value, Tensor):
+        plain: Any = _owned(value)
+    else:
+        plain = {"batch_size": list(value.batch_size), "values": value.apply(_owned).to_dict()}
+    file = io.BytesIO()
+    torch.save(plain, file)
+    return file.getvalue()
+
+
+def _owned(value: Tensor) -> Tensor:
+    # saving a view would save all that it is a view of
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _loaded(data: bytes) -> Tensor | TensorDictBase:
+    value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return value if isinstance(value, Tensor) else TensorDict(value["values"], batch_size=value["batch_size"])
