@@ -49,7 +49,7 @@ def demo(
 
     logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notes would tear the progress bar
     outcome = Demo(frames=frames, env=env, seed=seed, out=out, overwrite=overwrite).run()
-    with ArtifactBuffer.open(outcome.artifacts) as buffer:
+    with ArtifactBuffer.open(outcome.artifacts, damaged="skip") as buffer:
         if not len(buffer):
             typer.echo("interrupted before anything was recorded", err=True)
             raise typer.Exit(130)

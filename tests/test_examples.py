@@ -27,6 +27,15 @@ def ran(name: str, *args: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def test_artifact_buffer(tmp_path: Path) -> None:
+    out = ran("artifact_buffer", str(tmp_path / "run"))
+    assert out[0] == "activations: 8000 rows, from step 185"  # 62.5 ticks of 128 rows, a tick every 5 steps, up to 495
+    kept = json.loads(out[1].split(":")[1])
+    assert (len(kept), kept[0], kept[-1]) == (30, 0, 499)
+    assert out[-1] == "damaged: []"
+    assert len(ArtifactBuffer.open(tmp_path / "run")["dictionary"]) == 1
+
+
 def test_inside_a_model() -> None:
     logits = {
         line.split(":")[0].strip(): json.loads(line.split(":", 1)[1])

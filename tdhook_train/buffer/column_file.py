@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdhook_train.buffer.row import Key
 
-__all__ = ["ColumnFile", "file_name"]
+__all__ = ["ColumnFile", "file_name", "sync"]
 
 
 def file_name(index: int, key: Key) -> str:
@@ -119,13 +119,17 @@ class ColumnFile:
         """Return the CRC-32 of several records, int64."""
         return torch.tensor([self.checksum(i) for i in indices.tolist()], dtype=torch.int64, device="cpu")
 
-    def sync(self) -> None:
-        """Wait until the file is on the disk."""
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of files of a folder, is on the disk; one that is gone needs nothing."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _write_zeros(fd: int, start: int, end: int, chunk_bytes: int = 2**20) -> None:

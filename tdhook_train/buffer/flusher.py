@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from tdhook_train.errors import DiskError
+
 __all__ = ["Flusher"]
 
 
@@ -23,13 +25,13 @@ class Flusher:
         self._every_s = every_s
         self._timer: threading.Timer | None = None  # waits
         self._running: threading.Timer | None = None  # flushes
-        self._failed: OSError | None = None
+        self._failed: DiskError | None = None
 
     def touch(self) -> None:
         """Say that a row was written.
 
         Raises:
-            OSError: an earlier flush failed, which is said once.
+            DiskError: an earlier flush failed, which is said once; the row was written.
         """
         if self._timer is None and self._every_s > 0:
             self._timer = threading.Timer(self._every_s, self._run)
@@ -46,8 +48,10 @@ class Flusher:
         self._running, self._timer = self._timer, None  # rows written from now on start the next one
         try:
             self._flush()
-        except OSError as error:
-            self._failed = error
+        except OSError as error:  # said by the next append, since nobody listens to a thread
+            self._failed = DiskError(
+                error.errno, f"{error.strerror}: the last rows may not outlast a power cut"
+            )
         finally:
             self._running = None
 
@@ -55,7 +59,7 @@ class Flusher:
         """Let no call follow, and wait for one that is under way.
 
         Raises:
-            OSError: a flush failed, which nobody was told yet.
+            DiskError: a flush failed, which nobody was told yet.
         """
         for timer in (self._timer, self._running):
             if timer is not None:

@@ -14,6 +14,7 @@ from tensordict import TensorDictBase, is_tensor_collection
 from torch import Tensor
 
 from tdhook_train.buffer import events, folder
+from tdhook_train.buffer.column_file import sync
 from tdhook_train.buffer.declaration import Declaration, Label
 from tdhook_train.buffer.entry import Entry
 from tdhook_train.buffer.flusher import Flusher
@@ -218,6 +219,8 @@ class Recording(Run):
         if self._mode == "a":
             for artifact in list(self._artifacts.values()):
                 artifact.storage.disk.sync()
+            sync(self.path / events.EVENTS)
+            sync(self.path)
 
     def _check_artifact_name(self, name: str) -> None:
         folder.check_name(name)

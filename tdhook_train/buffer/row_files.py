@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from tdhook_train.buffer.column_file import sync
 from tdhook_train.buffer.row import Key, Value, key_name
 from tdhook_train.errors import DamagedError
 
@@ -105,15 +105,7 @@ class RowFiles:
     def sync(self) -> None:
         """Wait until all files are on the disk."""
         while self._unsynced:
-            path = self._unsynced.pop()
-            try:
-                fd = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:  # dropped since
-                continue
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync(self._unsynced.pop())
 
 
 def _dumped(value: Tensor | TensorDictBase) -> bytes:

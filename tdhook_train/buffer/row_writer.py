@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tdhook_train.buffer.column_file import sync
 from tdhook_train.buffer.entry import Entry
 from tdhook_train.buffer.row import META, Key
 from tdhook_train.buffer.rows import Damaged, Rows
@@ -230,7 +231,8 @@ class RowWriter(Rows):
         """Wait until all rows are on the disk: values first, so that a power cut commits nothing that is not there."""
         self._files.sync()
         for file in self._all_files():
-            file.sync()
+            sync(file.path)
+        sync(self.folder)
 
 
 def _spare(rows: int) -> int:

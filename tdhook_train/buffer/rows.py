@@ -111,7 +111,7 @@ class Rows:
         start, room = len(self), len(self._commits.words)
         if start == room or self._commits.word(start) <= 0:
             return False
-        words = self._commits.words.clone()
+        words = self._commits.words
         empty = (words[start:] <= 0).nonzero()[:1, 0]
         places = torch.arange(start, start + int(empty) if len(empty) else room, device="cpu")
         bad = self._checks.records(places, words[places]).tolist() + self._unreadable(places, words)

@@ -158,7 +158,7 @@ def test_a_full_disk_is_an_error_that_loses_nothing_and_passes(path, fill, monke
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     used = sum(file.stat().st_size for file in (path / "probe").iterdir())
-    with pytest.raises(DiskError, match="No space left on device: no room for 4 more rows .* of 'probe'") as caught:
+    with pytest.raises(DiskError, match=r"No space left on device: no room for 4 more rows .* of 'probe'") as caught:
         fill(buffer, [4])
     assert caught.value.errno == 28
     assert buffer["probe"].steps.tolist() == [0, 1, 2, 3]
