@@ -104,7 +104,7 @@ class Artifact(Queries, TensorDictReplayBuffer):
         chosen = {name: value for name, value in given.items() if value is not None}
         other = Artifact(self._storage, self._run, seed=self._seed if seed is None else seed, **chosen)
         if sampler is not None:
-            sampler._rng = other._rng
+            other._take_in(sampler)
         return other
 
     def __iter__(self) -> Iterator[TensorDictBase]:
@@ -142,8 +142,13 @@ class Artifact(Queries, TensorDictReplayBuffer):
 
     def set_sampler(self, sampler: Sampler) -> Sampler:
         """Set a sampler and return the one before; it draws from this artifact's generator."""
+        before = super().set_sampler(sampler)
+        self._take_in(sampler)
+        return before
+
+    def _take_in(self, sampler: Sampler) -> None:
         sampler._rng = self._rng
-        return super().set_sampler(sampler)
+        sampler.extend(torch.arange(len(self), device="cpu"))  # those with priorities know of no row they were not told
 
     def append_row(self, row: Mapping[Key, Value], meta: RowMeta) -> int:
         """Commit one row, given by key, and return its position."""

@@ -49,9 +49,7 @@ class Flusher:
         try:
             self._flush()
         except OSError as error:  # said by the next append, since nobody listens to a thread
-            self._failed = DiskError(
-                error.errno, f"{error.strerror}: the last rows may not outlast a power cut"
-            )
+            self._failed = DiskError(error.errno, f"{error.strerror}: the last rows may not outlast a power cut")
         finally:
             self._running = None
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, TensorDictReplayBuffer
-from torchrl.data.replay_buffers import RandomSampler, SamplerWithoutReplacement, SliceSampler
+from torchrl.data.replay_buffers import PrioritizedSampler, RandomSampler, SamplerWithoutReplacement, SliceSampler
 from torchrl.envs.transforms import DoubleToFloat, RenameTransform
 
 from tdhook_train.buffer import ArtifactBuffer
@@ -59,6 +59,30 @@ def test_slices_stay_within_their_trajectory(artifact):
         assert (rows["episode"] == rows["episode"][:, :1]).all()
         assert (rows["meta", "step"].diff(dim=1) == 1).all()
         assert whole(rows)
+
+
+@pytest.fixture
+def prioritized():
+    try:
+        return PrioritizedSampler(100, alpha=1.0, beta=1.0)
+    except RuntimeError as error:
+        pytest.skip(f"bare TorchRL cannot make one either: {error}")
+
+
+def test_priorities_decide_what_is_drawn(artifact, prioritized):
+    artifact.set_sampler(prioritized)
+    artifact.update_priority(torch.arange(60), torch.where(torch.arange(60) == 7, 1000.0, 1e-6))
+    assert (artifact.sample(50)["meta", "step"] == 7).float().mean() > 0.9
+
+
+def test_a_sampler_is_told_of_the_rows_that_are_there_already(artifact):
+    class Told(RandomSampler):
+        def extend(self, index):
+            self.index = index.tolist()
+
+    for sampler, give in ((Told(), artifact.set_sampler), (Told(), lambda s: artifact.replay(sampler=s))):
+        give(sampler)
+        assert sampler.index == list(range(60))
 
 
 def test_transforms_change_what_is_read_and_nothing_that_is_stored(artifact):
