@@ -59,9 +59,14 @@ class Flusher:
         Raises:
             DiskError: a flush failed, which nobody was told yet.
         """
-        for timer in (self._timer, self._running):
-            if timer is not None:
-                timer.cancel()
-                timer.join()
-        self._timer = None
+        if (timer := self._timer) is not None:
+            timer.cancel()
+            timer.join()
+            self._timer = None
+        self.wait()
         self._say()
+
+    def wait(self) -> None:
+        """Wait for a call that is under way."""
+        if (running := self._running) is not None:
+            running.join()
