@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time as clock
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,9 +12,9 @@ from torchrl.data import TensorDictReplayBuffer, Writer
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from tdhook_train.buffer.query import Queries
-from tdhook_train.buffer.row import META, Key, RowMeta, Value
+from tdhook_train.buffer.row import Key, RowMeta, Value, with_meta
 from tdhook_train.buffer.storage import GrowingMemmapStorage
-from tdhook_train.errors import SchemaError, SettingsError
+from tdhook_train.errors import SettingsError
 
 if TYPE_CHECKING:
     from tdhook_train.buffer.run import Run
@@ -29,8 +28,7 @@ class _Appending(Writer):
     _storage: GrowingMemmapStorage
 
     def add(self, data: TensorDictBase) -> int:
-        index = self._storage.extend(data.unsqueeze(0))
-        self._mark_update_entities(index)
+        index = self.extend(data.unsqueeze(0))
         return int(index) if len(index) else -1
 
     def extend(self, data: TensorDictBase) -> Tensor:
@@ -108,7 +106,9 @@ class Artifact(Queries, TensorDictReplayBuffer):
         return other
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        return self.in_order() if self._batch_size is None else super().__iter__()
+        if self._batch_size is not None:
+            return super().__iter__()
+        return map(self.transform, self.in_order()) if len(self.transform) else self.in_order()
 
     def refresh(self) -> None:
         """Take in what another process has written since."""
@@ -134,7 +134,7 @@ class Artifact(Queries, TensorDictReplayBuffer):
         """Return copies of rows, in the order they were written, or one key of all of them."""
         self.refresh()
         if _is_key(index) and not len(self.transform):
-            return self._column(self._known(index), *self._storage.disk.index())[0]
+            return self._kept(self._known(index), *self._storage.disk.index())
         if isinstance(index, slice):  # of which TorchRL gives a view of the files
             index = torch.arange(len(self), device="cpu")[index]
         rows = super().__getitem__(index)
@@ -157,30 +157,27 @@ class Artifact(Queries, TensorDictReplayBuffer):
             return self._storage.append(row, numbers)
 
     def add(self, data: TensorDictBase) -> int:
-        """Commit one row that holds its ``meta``, of which all but the step may be left out; return its position."""
-        return int(super().add(self._with_meta(data)))
+        """Commit one row that holds its ``meta``, of which all but the step may be left out.
 
-    def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
-        """Commit several rows that hold their ``meta``, batch first, and return their positions.
-
-        Of the meta, all but the step may be left out. Rows that retention does not keep have no position.
+        Returns:
+            Its position, -1 where retention keeps others instead.
         """
-        index: Tensor = super().extend(self._with_meta(tensordicts), update_priority=update_priority)
-        return index
+        index = self.extend(data.unsqueeze(0))
+        return int(index) if len(index) else -1
 
-    def _with_meta(self, rows: TensorDictBase) -> TensorDictBase:
-        rows = rows.copy()  # TorchRL puts an "index" into what it is given
-        missing = [key for key in META if key not in rows.keys(include_nested=True)]
-        if ("meta", "step") in missing:
-            raise SchemaError(
-                f"{self._storage.name}: key ('meta', 'step') is missing: rows say at which step they were measured; "
-                "ArtifactBuffer.extend(name, rows, step=...) adds it to all"
-            )
-        now = {"time": clock.time(), "attempt": self._run.attempt}
-        for key in missing:
-            number = now.get(key[1], 0)
-            rows[key] = torch.full(rows.batch_size, number, dtype=META[key], device="cpu")
-        return rows
+    def extend(self, tensordicts: TensorDictBase) -> Tensor:
+        """Commit several rows that hold their ``meta``, batch first; of the meta, all but the step may be left out.
+
+        Returns:
+            The positions of those that are kept, int64.
+        """
+        rows = with_meta(tensordicts, self._storage.name, self._run.attempt)
+        if len(self.transform):
+            rows = self.transform.inv(rows)
+        with self._replay_lock:  # TorchRL's own would write the positions of all into the rows
+            index: Tensor = self._writer.extend(rows)
+            self._sampler.extend(index)
+        return index
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise SettingsError(f"rows of {self._storage.name!r} are written once; append a new row instead")

@@ -12,6 +12,9 @@ from tdhook_train.buffer.commit_file import CommitFile
 
 __all__ = ["Checks"]
 
+_NEVER = 2**63 - 1
+_RECORD: tuple[int, ...] = ()  # beside the numbers of columns
+
 
 class Checks:
     """Compares rows with their checksums when they are first read; rows of this process are trusted.
@@ -19,30 +22,34 @@ class Checks:
     Args:
         commits: the records of the rows.
         columns: the values of the rows.
-        own: the first word of rows that this process wrote.
     """
 
-    def __init__(self, commits: CommitFile, columns: Sequence[ColumnFile], own: int) -> None:
+    def __init__(self, commits: CommitFile, columns: Sequence[ColumnFile]) -> None:
         self._commits = commits
         self._columns = columns
-        self._own = own
+        self.own = _NEVER  # the first word of rows that this process wrote
         self._seen: dict[tuple[int, ...], Tensor] = {}  # by columns: the word of the row found whole in each place
 
-    def records(self, places: Tensor, words: Tensor) -> Tensor:
-        """Return those of the places whose record is damaged."""
-        new = self._new((), places, words)
-        places, words = places[new], words[new]
-        return self._sort_out((), places, words, self._commits.whole(places, words))
+    def records(self, places: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which of the places hold rows, and those whose record is damaged; their words are those of rows."""
+        held, new = words > 0, self._new(_RECORD, places, words)
+        some, of = places[new], words[new]
+        whole = self._commits.held(some, of)
+        gone = ~whole
+        gone[~whole] = self._commits.gone(some[~whole], of[~whole])
+        held[new] = whole
+        return held, self._sort_out(_RECORD, some, of, whole | gone)
 
     def values(self, columns: tuple[int, ...], places: Tensor, words: Tensor) -> dict[int, Tensor]:
         """Return, by column, those of the places whose value is damaged, or was lost with the end of the file."""
-        new = self._new(columns, places, words)
+        new = (words > 0) & self._new(columns, places, words)
         if not bool(new.any()):
             return {}
         places, words = places[new], words[new]
         good = {column: self._whole(column, places) for column in columns}
         self._sort_out(columns, places, words, torch.stack([*good.values()]).all(0))
-        damaged = {column: self._sort_out((column,), places, words, whole) for column, whole in good.items()}
+        # of a row that was replaced in the meantime nothing is damaged
+        damaged = {column: self._still(places[~whole], words[~whole]) for column, whole in good.items()}
         return {column: bad for column, bad in damaged.items() if len(bad)}
 
     def _whole(self, column: int, places: Tensor) -> Tensor:
@@ -58,10 +65,11 @@ class Checks:
             self._seen[what] = torch.zeros(room, dtype=torch.int64, device="cpu")
             if seen is not None:
                 self._seen[what][: len(seen)] = seen
-        return (words < self._own) & (self._seen[what][places] != words)
+        return (words < self.own) & (self._seen[what][places] != words)
 
     def _sort_out(self, what: tuple[int, ...], places: Tensor, words: Tensor, whole: Tensor) -> Tensor:
-        if (seen := self._seen.get(what)) is not None:
-            seen[places[whole]] = words[whole]
-        # a row that was replaced in the meantime is not damaged, but gone
-        return places[~whole & (self._commits.words[places] == words)]
+        self._seen[what][places[whole]] = words[whole]
+        return self._still(places[~whole], words[~whole])
+
+    def _still(self, places: Tensor, words: Tensor) -> Tensor:
+        return places[self._commits.words[places] == words]

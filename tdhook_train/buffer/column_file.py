@@ -17,7 +17,7 @@ __all__ = ["ColumnFile", "file_name", "sync"]
 
 def file_name(index: int, key: Key) -> str:
     """Return a column's file name: its number tells it apart, the rest is for people."""
-    readable = "".join(c if c.isalnum() or c in "-_." else "_" for c in ".".join(key))
+    readable = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in ".".join(key))
     return f"{index:03d}.{readable[:80]}.column"
 
 
@@ -72,22 +72,30 @@ class ColumnFile:
             return True
 
     def reserve(self, capacity: int) -> None:
-        """Claim the blocks of ``capacity`` records.
+        """Claim the blocks of ``capacity`` records, holes in what is there already included.
 
         Raises:
             OSError: the disk is full. Under a mapping without blocks that would be a SIGBUS, which kills the training.
         """
-        if capacity <= self.size() or not self.row_bytes:
+        if not self.row_bytes:
             return
         start, end = self.path.stat().st_size, (self.lead + capacity) * self.row_bytes
         fd = os.open(self.path, os.O_RDWR)
         try:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(fd, start, end - start)
-            else:  # macOS: written zeros are blocks too
+                os.posix_fallocate(fd, 0, max(start, end))
+            elif end > start:  # macOS: written zeros are blocks too
                 _write_zeros(fd, start, end)
         finally:
             os.close(fd)
+
+    def used_behind(self, records: int) -> bool:
+        """Return whether anything but zeros lies behind so many records."""
+        if self.size() <= records or not self.row_bytes:
+            return False
+        with self.path.open("rb") as file:
+            file.seek((self.lead + records) * self.row_bytes)
+            return any(any(part) for part in iter(lambda: file.read(2**20), b""))
 
     def give_back(self, capacity: int) -> None:
         """Release what lies beyond ``capacity`` records, which nobody has mapped yet."""
@@ -107,6 +115,8 @@ class ColumnFile:
     def _flat(self, capacity: int) -> Tensor:
         if not capacity * self.row_bytes:
             return torch.empty(0, dtype=self.dtype, device="cpu")
+        with self.path.open("r+b" if self.writable else "rb"):
+            pass  # says what is wrong with the path better than torch does
         size = capacity * self.row_numel
         # from_file keeps no descriptor open, which counts with tens of artifacts of tens of keys
         return torch.from_file(str(self.path), shared=self.writable, size=size, dtype=self.dtype, device="cpu")

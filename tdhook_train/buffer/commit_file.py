@@ -14,9 +14,10 @@ from torch import Tensor
 from tdhook_train.buffer.column_file import ColumnFile
 from tdhook_train.buffer.row import META, Key
 
-__all__ = ["COMMITS", "CommitFile"]
+__all__ = ["BUSY", "COMMITS", "CommitFile"]
 
 COMMITS = "commits"
+BUSY = -(2**63)
 _PARALLEL = 2**14  # above 2**15 torch copies in several threads, and later words might be there before earlier ones
 _META_FORMAT = "".join("d" if dtype == torch.float64 else "q" for dtype in META.values())
 
@@ -24,8 +25,10 @@ _META_FORMAT = "".join("d" if dtype == torch.float64 else "q" for dtype in META.
 class CommitFile(ColumnFile):
     """Records of a word, the row's meta, one CRC-32 a column and one over all of these.
 
-    The word is 0 in a place that holds no whole row, positive in a committed one, negative in one that was dropped. It
-    counts up over all rows ever written, attempts in its upper bits: no two rows share one, whichever place they take.
+    The word is 0 in a place that was never used, ``BUSY`` in one that is being written, positive in a committed row,
+    negative in one that was dropped. It counts up over all rows ever written, attempts in its upper bits: no two rows
+    share one, whichever place they take. The last checksum is taken over the word too, so that a row is neither lost
+    nor back because a bit of its word fell over.
 
     The record before that of the first row begins with a number that changes whenever a row is dropped.
 
@@ -49,6 +52,8 @@ class CommitFile(ColumnFile):
         super().map(capacity)
         self.words = self.rows[:, 0]
         self._halves = self.rows.view(torch.int32)
+        # words are stored through these, in one piece: struct.pack_into would put zeros there first
+        self._all_words, self._front_words = self.bytes.cast("q"), self.front.cast("q")
         floats = self.rows.view(torch.float64)
         self.meta: dict[Key, Tensor] = {
             key: (floats if dtype == torch.float64 else self.rows)[:, i]
@@ -58,15 +63,15 @@ class CommitFile(ColumnFile):
     @property
     def changes(self) -> int:
         """How often rows were dropped."""
-        return int(struct.unpack_from("q", self.front)[0])
+        return int(self._front_words[0])
 
     def word(self, place: int) -> int:
         """Return the word of a place."""
-        return int(struct.unpack_from("q", self.bytes, place * self.row_bytes)[0])
+        return int(self._all_words[place * self.row_numel])
 
     def invalidate(self, place: int) -> None:
         """Say that a place holds no whole row: before its values are written."""
-        struct.pack_into("q", self.bytes, place * self.row_bytes, 0)
+        self._all_words[place * self.row_numel] = BUSY
 
     def commit(self, place: int, word: int, meta: Sequence[int | float], checksums: Sequence[int]) -> None:
         """Say that a place holds a whole row: after its values were written."""
@@ -74,7 +79,7 @@ class CommitFile(ColumnFile):
         body = struct.pack(self._format, word, *meta, *checksums)
         self.bytes[at + 8 : at + end] = body[8:]
         struct.pack_into("I", self.bytes, at + end, crc32(body))
-        struct.pack_into("q", self.bytes, at, word)
+        self._all_words[place * self.row_numel] = word
 
     def commit_many(self, places: Tensor, words: Tensor, meta: Sequence[Tensor], checksums: Sequence[Tensor]) -> None:
         """Say that these places hold whole rows, one after another; each sequence has one tensor a field."""
@@ -88,11 +93,21 @@ class CommitFile(ColumnFile):
 
     def drop(self, places: Tensor) -> None:
         """Say that these places hold no rows any more."""
-        self.rows[places, 0] = -self.rows[places, 0].abs()
-        struct.pack_into("q", self.front, 0, self.changes + 1)
+        words = -self.words[places].abs()
+        # the checksum first: of a kill in between it tells that the row was to go
+        self._halves[places, self._body_bytes // 4] = _as_int32(self._sums(places, words))
+        self.rows[places, 0] = words
+        self._front_words[0] = self.changes + 1
 
-    def whole(self, places: Tensor, words: Tensor) -> Tensor:
-        """Return, for each place, whether its record is what was written when the word was."""
+    def held(self, places: Tensor, words: Tensor) -> Tensor:
+        """Return, for each place, whether it holds the committed row of that word."""
+        return (words > 0) & self._vouched(places, words)
+
+    def gone(self, places: Tensor, words: Tensor) -> Tensor:
+        """Return, for each place, whether the row of that word was dropped."""
+        return self._vouched(places, -words.abs())
+
+    def _vouched(self, places: Tensor, words: Tensor) -> Tensor:
         return self._sums(places, words) == _as_unsigned(self._halves[places, self._body_bytes // 4])
 
     def _sums(self, places: Tensor, words: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from tdhook_train.buffer.declaration import plain
+from tdhook_train.buffer.disk import disk_errors
 
 __all__ = ["EVENTS", "mend", "read", "write"]
 
@@ -19,7 +21,11 @@ def write(folder: Path, event: dict[str, Any]) -> None:
     line = json.dumps(plain(event, f"event {event.get('kind')!r}")) + "\n"
     fd = os.open(folder / EVENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(fd, line.encode())
+        with disk_errors("no room for an event", folder):
+            before = os.fstat(fd).st_size
+            if os.write(fd, line.encode()) < len(line):  # what there was room for would spoil the next one
+                os.ftruncate(fd, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(fd)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import NoReturn
+from weakref import WeakSet
 
 from tdhook_train.errors import RunExistsError
 
@@ -16,12 +18,23 @@ except ImportError:  # Windows: no such locks, so nothing is checked there
 __all__ = ["LOCK", "WriterLock"]
 
 LOCK = "writer.lock"
+_HELD: WeakSet[WriterLock] = WeakSet()
+
+
+def _let_go() -> None:
+    for lock in list(_HELD):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 class WriterLock:
     """Held while a process writes a run; ends with the process, however that ends.
 
-    Record locks belong to a process: its forked children do not hold the run after it was killed.
+    It belongs to the open file: copying the folder does not end it, as it would with record locks. Forked children let
+    go of it, so that they do not hold the run after the writer was killed.
 
     Args:
         folder: the run's folder.
@@ -32,6 +45,7 @@ class WriterLock:
 
     def __init__(self, folder: Path) -> None:
         self._fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        _HELD.add(self)
         try:
             self._take(folder)
         except BaseException:
@@ -42,7 +56,7 @@ class WriterLock:
         if fcntl is None:
             return
         try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 return  # a file system without locks
@@ -58,6 +72,9 @@ class WriterLock:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a lock is not copied: a run has one writer")
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):

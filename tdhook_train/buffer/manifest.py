@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -13,10 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from tdhook_train.buffer.disk import disk_errors
 from tdhook_train.buffer.entry import Entry
-from tdhook_train.errors import DamagedError, SchemaError
+from tdhook_train.buffer.rows import Rows
+from tdhook_train.errors import DamagedError, DamagedWarning, SchemaError
 
-__all__ = ["MANIFEST", "SCHEMA", "Manifest", "write_atomically", "write_schema"]
+__all__ = ["MANIFEST", "SCHEMA", "Manifest", "warn_of", "write_atomically", "write_schema"]
 
 MANIFEST = "manifest.json"
 SCHEMA = "schema.json"  # in an artifact's folder: its part of the manifest once more
@@ -110,7 +113,41 @@ class Manifest:
                 entries[path.parent.name] = Entry.from_json(text)
             except (KeyError, TypeError, AttributeError, ValueError):
                 continue
-        return replace(cls.new(), artifacts=entries) if entries else None
+        attempts = [_last_attempt(folder / name, entry) for name, entry in entries.items()]
+        return replace(cls.new(), artifacts=entries, attempt=max(attempts)) if entries else None
+
+    @classmethod
+    def find(cls, folder: Path) -> Manifest:
+        """Return the manifest, or what can be known without it, with a warning.
+
+        Raises:
+            DamagedError: the manifest is damaged; to write over it could lose something.
+        """
+        try:
+            return cls.read(folder)
+        except FileNotFoundError:
+            found = cls.recover(folder)
+            if found is None:
+                raise
+        warn_of(folder, "missing", found)
+        return found
+
+
+def _last_attempt(folder: Path, entry: Entry) -> int:
+    try:
+        return Rows(folder, entry).last_attempt
+    except DamagedError:
+        return 0
+
+
+def warn_of(folder: Path, what: str, found: Manifest) -> None:
+    """Warn that a manifest was made again."""
+    warnings.warn(
+        f"{folder / MANIFEST} is {what}; it was made again from what lies beside the rows "
+        f"({', '.join(found.artifacts)}), without the labels of runs and the names of other folders",
+        DamagedWarning,
+        stacklevel=5,
+    )
 
 
 def write_schema(folder: Path, entry: Entry) -> None:
@@ -121,15 +158,16 @@ def write_schema(folder: Path, entry: Entry) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that readers see the old or the new one, and no other file is left behind."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with disk_errors(f"no room for {path.name}; what was written before is whole", path.parent):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _versions() -> dict[str, str]:

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from tqdm.auto import tqdm
 
 from tdhook_train.buffer import folder
 from tdhook_train.buffer.artifact import Artifact
+from tdhook_train.buffer.lock import WriterLock
 from tdhook_train.buffer.manifest import Manifest
 from tdhook_train.buffer.schema import Schema
 from tdhook_train.errors import RunExistsError, SchemaError, SettingsError
@@ -47,9 +49,12 @@ def labelled(runs: Mapping[str, str | os.PathLike[str]] | Iterable[str | os.Path
 
 def labels_of(sources: Mapping[str, Run]) -> tuple[str, ...]:
     """Return the label of every run, of merged ones that of each inside."""
-    return tuple(
+    labels = [
         each for label, run in sources.items() for each in ([f"{label}/{inner}" for inner in run.runs] or [label])
-    )
+    ]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise SettingsError(f"two runs have the same label {twice[0]!r}; give a mapping of other labels")
+    return tuple(labels)
 
 
 @contextmanager
@@ -60,20 +65,26 @@ def appearing(into: Path, *, overwrite: bool) -> Iterator[Path]:
         RunExistsError: the place is taken by a run that is not to be overwritten, or by other files.
     """
     folder.check_free(into, allow_run=overwrite)
-    before = Manifest.read(into) if folder.holds_run(into) else None
+    before = Manifest.find(into) if folder.holds_run(into) else None
     if before is not None and (others := folder.others(into, before)):
         raise RunExistsError(f"{into} holds other files beside its run ({others[0]}); choose another folder")
+    lock = WriterLock(into) if before is not None else None
     partial = into.with_name(f".{into.name}.{os.getpid()}.partial")
     try:
         yield partial
         if before is not None:
             folder.delete_run(into, before)
+        else:
+            folder.check_free(into, allow_run=False)  # somebody may have begun a run there in the meantime
         if into.exists():
             shutil.rmtree(into)  # what is left is ours: a lock
         partial.replace(into)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def copy_rows(sources: Mapping[str, Run], merged: ArtifactBuffer, *, progress: bool) -> None:
@@ -88,7 +99,8 @@ def copy_rows(sources: Mapping[str, Run], merged: ArtifactBuffer, *, progress: b
     with tqdm(total=total, desc="merging", unit="row", disable=None if progress else True) as bar:
         for label, run in sources.items():
             for event in run.events():
-                merged.note(event.pop("kind"), **{"run": label, **event})
+                inner = f"{label}/{event['run']}" if run.runs and "run" in event else label
+                merged.note(event.pop("kind"), **{**event, "run": inner})
             for name in run:
                 _declare(merged, name, run[name].schema, label, schemas)
                 _copy(run[name], merged, name, first, bar)
@@ -117,8 +129,10 @@ def _declare(
 
 
 def _copy(source: Artifact, merged: ArtifactBuffer, name: str, first: int, bar: tqdm) -> None:
-    for start in range(0, len(source), _AT_ONCE):
-        rows = source[start : start + _AT_ONCE]
-        rows["meta", "run"] = rows["meta", "run"] + first
+    for rows in source.in_parts(_AT_ONCE):
+        # numbers that rows of a single run may hold say nothing here
+        rows["meta", "run"] = (
+            rows["meta", "run"] if source.runs else torch.zeros(len(rows), dtype=torch.int64)
+        ) + first
         merged.extend(name, rows)
         bar.update(len(rows))

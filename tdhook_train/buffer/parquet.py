@@ -12,9 +12,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdhook_train.buffer.row import key_name
+from tdhook_train.buffer.row import Key, key_name
 from tdhook_train.buffer.schema import Schema
-from tdhook_train.buffer.tables import array, package
+from tdhook_train.buffer.tables import array, free, package
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +25,8 @@ __all__ = ["write_rows", "write_table"]
 def write_table(table: pd.DataFrame, path: Path) -> Path:
     """Write a table, all at once or not at all."""
     arrow = package("pyarrow")
-    return _write([arrow.Table.from_pandas(table, preserve_index=False)], path)
+    # not Table.from_pandas, which makes nulls of NaNs
+    return _write([arrow.table({name: arrow.array(table[name].to_numpy()) for name in table})], path)
 
 
 def write_rows(parts: Iterable[TensorDictBase], schema: Schema, runs: Sequence[str], path: Path) -> Path:
@@ -33,12 +34,19 @@ def write_rows(parts: Iterable[TensorDictBase], schema: Schema, runs: Sequence[s
     arrow = package("pyarrow")
     described = json.dumps({"runs": list(runs), **schema.to_json()})
     tables = (
-        arrow.table({key_name(key): _cells(part[key]) for key in schema.columns}).replace_schema_metadata(
+        arrow.table({name: _cells(part[key]) for key, name in _names(schema).items()}).replace_schema_metadata(
             {"tdhook_train": described}
         )
         for part in parts
     )
     return _write(tables, path)
+
+
+def _names(schema: Schema) -> dict[Key, str]:
+    names: dict[Key, str] = {}
+    for key in schema.columns:
+        names[key] = free(key_name(key), names.values())
+    return names
 
 
 def _cells(values: Tensor) -> Any:

@@ -64,8 +64,9 @@ class Queries:
     def _in_order(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the steps of all rows in order, with the places and words of the rows."""
         self.refresh()
-        places, words = self._storage.disk.index()
-        steps, still = self._storage.disk.column(_STEP, places, words)
+        with self._storage.disk.lock:
+            places, words = self._storage.disk.index()
+            steps, still = self._storage.disk.column(_STEP, places, words)
         if not bool(still.all()):
             steps, places, words = steps[still], places[still], words[still]
         if bool((steps[1:] >= steps[:-1]).all()):  # written in order, as nearly always
@@ -157,9 +158,14 @@ class Queries:
 
     def in_order(self, keys: Keys = None) -> Iterator[TensorDictBase]:
         """Return the rows one by one, in step order; each is read when it is its turn."""
+        for part in self.in_parts(1, keys):
+            yield from part.unbind(0)
+
+    def in_parts(self, n: int, keys: Keys = None) -> Iterator[TensorDictBase]:
+        """Return the rows in step order, ``n`` at a time; each part is read when it is its turn."""
         _, places, words = self._in_order()
-        for i in range(len(places)):
-            yield from self._table(places[i : i + 1], words[i : i + 1], keys).unbind(0)
+        for at, of in zip(places.split(n), words.split(n), strict=True):
+            yield self._table(at, of, keys)
 
     def series(self, key: str | tuple[str, ...]) -> Any:
         """Return one key over all steps, steps first: a tensor, or a list of what the files of a key hold.
@@ -171,17 +177,22 @@ class Queries:
         """
         known = self._known(key)
         _, places, words = self._in_order()
-        values, still = self._column(known, places, words)
+        return self._kept(known, places, words)
+
+    def _kept(self, key: Key, places: Tensor, words: Tensor) -> Any:
+        values, still = self._column(key, places, words)
         if isinstance(values, list):
             return [value for value, there in zip(values, still.tolist(), strict=True) if there]
         return values if bool(still.all()) else values[still]
 
     def _column(self, key: Key, places: Tensor, words: Tensor) -> tuple[Any, Tensor]:
-        return self._storage.disk.column(key, places, words)
+        with self._storage.disk.lock:
+            return self._storage.disk.column(key, places, words)
 
     def _table(self, places: Tensor, words: Tensor, keys: Keys) -> TensorDictBase:
         wanted = None if keys is None else [self._known(key) for key in keys]
-        return self._storage.disk.table(places, words, wanted)
+        with self._storage.disk.lock:
+            return self._storage.disk.table(places, words, wanted)
 
     def _known(self, key: str | tuple[str, ...]) -> Key:
         known, every = as_key(key), (*self.schema.columns, *self.schema.files)
@@ -273,12 +284,7 @@ class Queries:
         """
         if key is not None:
             return parquet.write_table(self.to_pandas(key), Path(path))
-        _, places, words = self._in_order()
-        keys = list(self.schema.columns)
-        parts = (
-            self._table(at, word, keys)
-            for at, word in zip(places.split(_CHUNK_ROWS), words.split(_CHUNK_ROWS), strict=True)
-        )
+        parts = self.in_parts(_CHUNK_ROWS, list(self.schema.columns))
         return parquet.write_rows(parts, self.schema, self.runs, Path(path))
 
 

@@ -20,7 +20,7 @@ from tdhook_train.buffer.entry import Entry
 from tdhook_train.buffer.flusher import Flusher
 from tdhook_train.buffer.manifest import Manifest, write_schema
 from tdhook_train.buffer.retention import Keep, Retention
-from tdhook_train.buffer.row import META, Key, RowMeta, Value, flatten
+from tdhook_train.buffer.row import META, Key, RowMeta, Value, flatten, with_meta
 from tdhook_train.buffer.row_writer import RowWriter
 from tdhook_train.buffer.run import Run
 from tdhook_train.buffer.schema import Schema
@@ -63,7 +63,8 @@ class Recording(Run):
                 TensorDicts, each kept in a file of its own. Keys that hold bytes (a figure) are kept so in any case.
             capacity: how many rows there may be. If neither this nor the next two are given, what was stored or what
                 the run was opened with holds; of an artifact that has rows, all three can be changed.
-            max_bytes: how many bytes they may take up on the disk.
+            max_bytes: how many bytes they may take up on the disk. Where rows were stored before, a smaller limit drops
+                rows, but frees no disk: the files of columns never shrink, since others may have mapped them.
             keep: which rows stay, as for the run.
             checksums: whether values are stored with a CRC-32 each; None does so for rows under 1 MB.
 
@@ -155,6 +156,7 @@ class Recording(Run):
         rows.batch_size = rows.batch_size[:1]
         for key, number in RowMeta.given(meta if step is None else {"step": step, **meta}).items():
             rows[key] = torch.full(rows.batch_size, number, dtype=META[key], device="cpu")
+        rows = with_meta(rows, name, self.attempt)
         if name not in self._artifacts:
             if not len(rows):
                 return torch.empty(0, dtype=torch.int64, device="cpu")
@@ -209,7 +211,8 @@ class Recording(Run):
         folder.check_name(name)
         if name in self._manifest.artifacts or name in self._declared:
             raise SettingsError(f"{name!r} is the folder of an artifact; choose another name")
-        if self._mode == "a" and not self._closed and name not in self._manifest.folders:
+        here = self._mode == "a" and not self._closed and os.getpid() == self._process
+        if here and name not in self._manifest.folders:
             self._write_manifest(replace(self._manifest, folders=(*self._manifest.folders, name)))
             (self.path / name).mkdir(exist_ok=True)
         return self.path / name

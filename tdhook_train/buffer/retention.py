@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,10 +46,11 @@ class Retention:
             limit = getattr(self, name)
             if limit is not None and not (isinstance(limit, int) and limit > 0):
                 raise SettingsError(f"{name}={limit!r}: expected a whole number above 0, or None")
-        if self.rule not in (_BY_STEP if isinstance(self.keep, str) else _BY_KEY):
-            near = did_you_mean(str(self.rule), (*_BY_STEP, *_BY_KEY))
+        if not _is_rule(self.keep):
+            near = did_you_mean(str(self.keep), (*_BY_STEP, *_BY_KEY))
             raise SettingsError(
-                f"keep={self.keep!r}{near}; expected 'newest', 'log-spaced', ('largest', key) or ('smallest', key)"
+                f"keep={self.keep!r}{near}; expected 'newest', 'log-spaced', ('largest', key) or ('smallest', key), "
+                "a nested key as a tuple of its own"
             )
 
     @property
@@ -97,9 +97,12 @@ class Retention:
             return list(range(n))
         if self.rule == "log-spaced":
             return sorted(_most_crowded(n, steps.numpy()))
-        score = values.double().reshape(-1)  # type: ignore[union-attr]
-        score = (score if self.rule == "largest" else -score).nan_to_num(-math.inf, math.inf, -math.inf)
-        return torch.sort(torch.argsort(score, stable=True)[:n]).values.tolist()  # of equals, the earlier goes
+        score = values.reshape(-1)  # type: ignore[union-attr]
+        score = score.to(torch.uint8) if score.dtype == torch.bool else score
+        unknown = score.isnan()
+        ranked = torch.argsort(score[~unknown], stable=True, descending=self.rule == "smallest")
+        order = torch.cat([unknown.nonzero()[:, 0], (~unknown).nonzero()[:, 0][ranked]])
+        return sorted(order[:n].tolist())  # of equals, the earlier goes
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
@@ -112,6 +115,15 @@ class Retention:
         keep = text["keep"]
         keep = keep if isinstance(keep, str) else (keep[0], tuple(keep[1]))
         return cls(text["capacity"], text["max_bytes"], keep)
+
+
+def _is_rule(keep: Any) -> bool:
+    if isinstance(keep, str):
+        return keep in _BY_STEP
+    if not (isinstance(keep, (tuple, list)) and len(keep) == 2 and keep[0] in _BY_KEY):
+        return False
+    parts = (keep[1],) if isinstance(keep[1], str) else keep[1]
+    return isinstance(parts, (tuple, list)) and bool(parts) and all(isinstance(part, str) for part in parts)
 
 
 def _most_crowded(n: int, steps: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time as clock
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tdhook_train.errors import SchemaError, SettingsError
 
-__all__ = ["META", "Key", "RowMeta", "Value", "as_key", "flatten", "key_name", "show"]
+__all__ = ["META", "Key", "RowMeta", "Value", "as_key", "flatten", "key_name", "show", "with_meta"]
 
 Key = tuple[str, ...]
 Value: TypeAlias = Tensor | TensorDictBase | bytes  # what is no tensor is kept in a file of its own
@@ -94,6 +95,36 @@ def _number(key: Key, value: Any, dtype: torch.dtype) -> int | float:
     return whole - 2**64 if whole >= 2**63 else whole  # unsigned fingerprints keep their bits
 
 
+def with_meta(rows: TensorDictBase, of: str, attempt: int) -> TensorDictBase:
+    """Return a shallow copy of rows, batch first, with what was left out of their meta.
+
+    Raises:
+        SchemaError: the step is missing, or there is something that is none of the meta, or of another dtype or shape.
+    """
+    rows = rows.copy()
+    given = [key for key in rows.keys(include_nested=True, leaves_only=True) if as_key(key)[0] == "meta"]
+    for key in given:
+        known, value = META.get(key), rows.get(key)
+        if known is None:
+            raise SchemaError(f"{of}: key {key!r} is none of what describes a row ({', '.join(k[1] for k in META)})")
+        if value.dtype != known or value.shape != rows.batch_size:
+            raise SchemaError(
+                f"{of}: key {key!r} has dtype {value.dtype} and shape {tuple(value.shape)}, expected {known} and "
+                f"{tuple(rows.batch_size)}, a number a row"
+            )
+    if ("meta", "step") not in given:
+        raise SchemaError(
+            f"{of}: key ('meta', 'step') is missing: rows say at which step they were measured; "
+            "ArtifactBuffer.extend(name, rows, step=...) adds it to all"
+        )
+    now = {"time": clock.time(), "attempt": attempt}
+    for key, dtype in META.items():
+        if key not in given:
+            number = now.get(key[1], 0)
+            rows[key] = torch.full(rows.batch_size, number, dtype=dtype, device="cpu")
+    return rows
+
+
 def as_key(key: str | tuple[str, ...]) -> Key:
     """Return a key as the tuple of its parts."""
     parts = (key,) if isinstance(key, str) else tuple(key) if isinstance(key, (tuple, list)) else ()
@@ -146,11 +177,26 @@ def _leaves(tree: Any, prefix: Key, files: Collection[Key]) -> Iterator[tuple[Ke
             raise SchemaError(f"key {show(key)!r} holds a {type(value).__name__}; rows hold tensors only")
         elif isinstance(value, Mapping) or is_tensor_collection(value):
             if key in files:
-                yield key, value if is_tensor_collection(value) else TensorDict(value)
+                yield key, _file_value(key, value)
             else:
                 yield from _leaves(value, key, files)
         else:
             yield key, _as_tensor(key, value)
+
+
+def _file_value(key: Key, value: Any) -> TensorDictBase:
+    try:
+        given: TensorDictBase = value if is_tensor_collection(value) else TensorDict(value)
+        leaves = list(given.values(include_nested=True, leaves_only=True, is_leaf=_is_leaf))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SchemaError(f"key {show(key)!r} holds what is no TensorDict: {error}") from None
+    if strange := [leaf for leaf in leaves if not isinstance(leaf, Tensor)]:
+        raise SchemaError(f"key {show(key)!r} holds a {type(strange[0]).__name__}; files hold tensors, or bytes alone")
+    return given
+
+
+def _is_leaf(kind: type) -> bool:
+    return not issubclass(kind, TensorDictBase)
 
 
 def _as_tensor(key: Key, value: Any) -> Tensor:

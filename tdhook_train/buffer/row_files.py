@@ -34,14 +34,20 @@ class RowFiles:
         self.folder = folder
         self.keys = keys
         self._unsynced: list[Path] = []
+        self._bytes = 0
 
-    def write(self, word: int, values: Mapping[Key, Value]) -> list[int]:
+    def dumped(self, row: Mapping[Key, Value]) -> dict[Key, tuple[bytes, bool]]:
+        """Return what the files of a row will hold, and whether that is the value itself."""
+        values = {key: row[key] for key in self.keys}
+        return {
+            key: (value, True) if isinstance(value, bytes) else (_dumped(value), False) for key, value in values.items()
+        }
+
+    def write(self, word: int, files: Mapping[Key, tuple[bytes, bool]]) -> list[int]:
         """Write the files of a row, each at once or not at all, and return their checksums in the order of keys."""
-        return [self._write(word, key, values[key]) for key in self.keys]
+        return [self._write(self._path(word, key, raw=files[key][1]), files[key][0]) for key in self.keys]
 
-    def _write(self, word: int, key: Key, value: Value) -> int:
-        data = bytes(value) if isinstance(value, (bytes, bytearray)) else _dumped(value)
-        path = self._path(word, key, raw=isinstance(value, (bytes, bytearray)))
+    def _write(self, path: Path, data: bytes) -> int:
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             temporary.write_bytes(data)
@@ -49,11 +55,12 @@ class RowFiles:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        self._bytes += len(data)
         self._unsynced.append(path)
         return crc32(data)
 
     def _path(self, word: int, key: Key, *, raw: bool) -> Path:
-        readable = "".join(c if c.isalnum() or c in "-_." else "_" for c in key_name(key))[:80]
+        readable = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in key_name(key))[:80]
         return self.folder / f"{word:016x}.{self.keys.index(key)}.{readable}{'' if raw else '.pt'}"
 
     def read(self, word: int, key: Key, checksum: int) -> Value | None:
@@ -75,25 +82,26 @@ class RowFiles:
             return data
         return _loaded(data)
 
-    def bytes(self, words: Iterable[int]) -> int:
-        """Return how much the files of these rows take up."""
-        sizes: dict[int, int] = {}
-        for word, file in self._files():
-            sizes[word] = sizes.get(word, 0) + file.stat().st_size
-        return sum(sizes.get(word, 0) for word in words)
+    def bytes(self) -> int:
+        """Return how much the files take up."""
+        return self._bytes
 
     def drop(self, words: Iterable[int]) -> None:
         """Delete the files of rows that were dropped; who has one open can go on reading it."""
         for word in words:
             for key in self.keys:
-                for raw in (False, True):
-                    self._path(word, key, raw=raw).unlink(missing_ok=True)
+                for path in (self._path(word, key, raw=raw) for raw in (False, True)):
+                    if path.exists():
+                        self._bytes -= path.stat().st_size
+                        path.unlink()
 
     def sweep(self, words: Iterable[int]) -> None:
         """Delete the files of all rows but these: what a killed writer left half-done."""
-        known = set(words)
+        known, self._bytes = set(words) if self.keys else set(), 0
         for word, file in self._files():
-            if word not in known:
+            if word in known:
+                self._bytes += file.stat().st_size
+            else:
                 file.unlink()
         for file in self.folder.glob(".*.tmp"):
             file.unlink()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
 from tdhook_train.buffer.column_file import sync
+from tdhook_train.buffer.commit_file import BUSY
+from tdhook_train.buffer.disk import disk_errors
 from tdhook_train.buffer.entry import Entry
 from tdhook_train.buffer.row import META, Key
 from tdhook_train.buffer.rows import Damaged, Rows
-from tdhook_train.errors import DamagedError, DiskError, SettingsError
+from tdhook_train.errors import DamagedError, SettingsError
 
 __all__ = ["MAX_ROWS", "RowWriter"]
 
@@ -42,7 +45,7 @@ class RowWriter(Rows):
         damaged: what to do about damaged rows, as for reading.
 
     Raises:
-        DamagedError: a file is shorter than the rows it should hold; growing it would put zeros in their place.
+        DamagedError: a file is shorter than the rows it should hold, or holds rows that nothing describes.
         DiskError: there is no room to begin.
     """
 
@@ -52,34 +55,44 @@ class RowWriter(Rows):
         self, folder: Path, entry: Entry, *, mode: Literal["w", "a"], attempt: int = 0, damaged: Damaged = "raise"
     ) -> None:
         self.own = mode == "w"
+        self.process = os.getpid()
         self._next_word = (attempt << _ATTEMPT_BITS) + 1
         super().__init__(folder, entry, damaged=damaged)
         if not self.own:
             self._go_on()
+        self._checks.own = self._next_word
 
-    def _first_own(self) -> int:
-        return self._next_word
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self.folder} has one writer: open the run for reading instead of copying what writes it")
 
     def _prepare(self) -> None:
         self.limit(self.entry)
-        if self.own:
+        if not self.own:
+            return
+        if self._commits.used_behind(0):
+            raise DamagedError(f"{self.folder} holds rows that neither the manifest nor a schema describes")
+        with disk_errors(f"no room to begin {self.name!r}", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for file in self._all_files():
                 file.create()
-            self._claim(max(1, min(_FIRST_ROWS, _FIRST_BYTES // self.row_bytes, self._room)), 0)
+        self._claim(min(_FIRST_ROWS, max(1, _FIRST_BYTES // self.row_bytes), self._most_at_once()), 0)
 
     def _go_on(self) -> None:
-        words = self._commits.words
-        used = (words > 0).nonzero()[:, 0]
+        places, words = self.index()
+        used = int(places.max()) + 1 if len(places) else 0
         for column in self._columns:
-            if len(used) and len(column.rows) <= int(used[-1]):
+            if len(column.rows) < used:
                 raise DamagedError(
-                    f"{column.path} was cut or is missing: it holds {len(column.rows)} of {int(used[-1]) + 1} rows; "
-                    "the others can be read, and ArtifactBuffer.merge copies them to a new folder"
+                    f"{column.path} was cut or is missing: it holds {len(column.rows)} of {used} rows; the others can "
+                    "be read, and ArtifactBuffer.merge copies them to a new folder"
                 )
-        self._next_word = max(self._next_word, int(words.abs().max()) + 1 if len(words) else 0)
-        self._files.sweep(words[used].tolist())
+        self._claim(0, self.capacity)  # a copied file may have holes, and writing into one kills where there is no room
+        self._next_word = max(self._next_word, int(words.max()) + 1 if len(words) else 0)
+        self._files.sweep(self._commits.words.tolist())
         self._let_go()
+
+    def _lose(self, column: Path) -> NoReturn:
+        raise DamagedError(f"{self._cut(column)}; growing it would write over them")
 
     # --- how much there may be
 
@@ -104,55 +117,60 @@ class RowWriter(Rows):
         self.entry = entry
         self._let_go()
 
-    def _let_go(self, numbers: Sequence[int] = ()) -> list[int]:
-        """Drop the rows that are too many, and return where those of the given numbers stand now, if they stay."""
-        kept, left = self.entry.retention, list(numbers)
-        if (over := len(self) - self._most) > 0:
-            left = self._forget(self._victims(over), left)
-        while kept.max_bytes is not None and self._files.keys and len(self) > 1 and self._bytes() > kept.max_bytes:
-            left = self._forget(self._victims(1), left)
-        return left
+    def _most_at_once(self) -> int:
+        """Return by how many rows the files may grow; where files of rows are counted too, blocks are not hoarded."""
+        limit = self.entry.retention.max_bytes
+        return self._room if limit is None or not self._files.keys else max(1, limit // 16 // self.row_bytes)
 
-    def _forget(self, gone: list[int], numbers: list[int]) -> list[int]:
-        self.drop(gone)
-        dropped = set(gone)
-        return [number - bisect_left(gone, number) for number in numbers if number not in dropped]
+    def _let_go(self) -> None:
+        kept = self.entry.retention
+        if (over := len(self) - self._most) > 0:
+            self.drop(self._victims(over))
+        while kept.max_bytes is not None and self._files.keys and len(self) > 1 and self._bytes() > kept.max_bytes:
+            self.drop(self._victims(1))
 
     def _victims(self, n: int) -> list[int]:
-        kept, (places, words) = self.entry.retention, self.index()
-        values = None if kept.key is None else self.column(kept.key, places, words)[0]
+        kept, (places, _) = self.entry.retention, self.index()
+        # as they are, without looking at checksums: a damaged row must not stop the training
+        values = None if kept.key is None else self._columns[self._column_of(kept.key)].rows[places]
         return kept.victims(n, self._commits.meta["meta", "step"][places], values)
 
     def _bytes(self) -> int:
-        words = self.index()[1].tolist()
-        return (1 + len(words)) * self.row_bytes + self._files.bytes(words)
+        return sum(file.path.stat().st_size for file in self._all_files() if file.row_bytes) + self._files.bytes()
 
     # --- growth
 
     def _grow(self, rows: int) -> None:
         if rows <= self.capacity:
             return
-        capacity = max(rows, min(2 * self.capacity, self.capacity + max(8, _GROWTH_BYTES // self.row_bytes)))
-        self._claim(min(capacity, self._room), self.capacity)
+        more = min(self.capacity, max(8, _GROWTH_BYTES // self.row_bytes), self._most_at_once())
+        self._claim(max(rows, min(self.capacity + more, self._room)), self.capacity)
         self._map()
 
     def _claim(self, capacity: int, before: int) -> None:
-        try:
-            for file in self._all_files():
-                file.reserve(capacity)
-        except OSError as error:
-            for file in self._all_files():
-                if file.path.exists():
-                    file.give_back(before)
-            size = (capacity - before) * self.row_bytes
-            raise DiskError(
-                error.errno,
-                f"{error.strerror}: no room for {capacity - before} more rows ({size} bytes) of {self.name!r}; what "
-                "was written before is whole",
-                str(self.folder),
-            ) from error
+        more = max(0, capacity - before)
+        what = f"no room for {more} more rows ({more * self.row_bytes} bytes) of {self.name!r}; what was written before"
+        with disk_errors(f"{what} is whole", self.folder):
+            try:
+                for column in self._columns:
+                    column.reserve(capacity)
+            except OSError:
+                for column in self._columns:  # which nobody has mapped so far: readers go by the records
+                    column.give_back(before)
+                raise
+            self._commits.reserve(capacity)
 
     # --- writing
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Whatever stops a write, what counts afterwards is what the records say."""
+        try:
+            yield
+        except BaseException:
+            self._count()
+            self._files.sweep(self._commits.words.tolist())
+            raise
 
     def append(self, row: Mapping[Key, Any], meta: Sequence[float]) -> int:
         """Commit one row, given with its meta in the order of ``META``; return its number, -1 if others are kept.
@@ -160,27 +178,21 @@ class RowWriter(Rows):
         Raises:
             DiskError: the disk is full; nothing is lost, and the next append tries again.
         """
-        place = self._next(1)[0]
-        self._commits.invalidate(place)
-        for key, column in zip(self._keys, self._columns, strict=True):
-            column.rows[place].copy_(row[key])
-        word = self._next_word
-        sums = (
-            [column.checksum(place) for column in self._columns] if self.entry.checksums else [0] * len(self._columns)
-        )
-        self._commits.commit(place, word, meta, sums + self._write_files(word, row))
-        self._next_word = word + 1
-        self._places.extend([place])
-        kept = self._let_go([len(self) - 1])
-        return kept[0] if kept else -1
-
-    def _write_files(self, word: int, row: Mapping[Key, Any]) -> list[int]:
-        try:
-            return self._files.write(word, row) if self._files.keys else []
-        except OSError as error:
-            raise DiskError(
-                error.errno, f"{error.strerror}: no room for the files of a row of {self.name!r}", str(self.folder)
-            ) from error
+        files = self._files.dumped(row)
+        self._refuse_too_large(files)
+        with self._writing():
+            place, word = self._next(1)[0], self._take_words(1)
+            self._commits.invalidate(place)
+            for key, column in zip(self._keys, self._columns, strict=True):
+                column.rows[place].copy_(row[key])
+            checked = self.entry.checksums
+            sums = [column.checksum(place) if checked else 0 for column in self._columns]
+            with disk_errors(f"no room for the files of a row of {self.name!r}", self.folder):
+                sums += self._files.write(word, files)
+            self._commits.commit(place, word, meta, sums)
+            self._places.extend([place])
+            self._let_go()
+        return len(self) - 1 if len(self) and self._last_word() == word else -1
 
     def extend(self, values: Mapping[Key, Tensor], n: int) -> list[int]:
         """Commit ``n`` rows, given by key with their meta, rows first; a kill keeps the leading ones.
@@ -188,33 +200,56 @@ class RowWriter(Rows):
         Returns:
             The numbers of those that are kept.
         """
-        numbers: list[int] = []
-        done = 0
-        while done < n:
-            places = self._next(n - done)
-            part = slice(done, done + len(places))
-            self._write({key: value[part] for key, value in values.items()}, places)
-            numbers = self._let_go([*numbers, *range(len(self) - len(places), len(self))])
-            done += len(places)
-        return numbers
+        first, done = self._next_word, 0
+        with self._writing():
+            while done < n:
+                places = self._next(n - done)
+                part = slice(done, done + len(places))
+                self._write({key: value[part] for key, value in values.items()}, places)
+                self._let_go()
+                done += len(places)
+        return self.numbers_since(first)
+
+    def numbers_since(self, word: int) -> list[int]:
+        """Return the numbers of the rows that were written since."""
+        return list(range(len(self) - int((self.index()[1] >= word).sum()), len(self)))
+
+    @property
+    def next_word(self) -> int:
+        """The word that the next row will have."""
+        return self._next_word
+
+    def _last_word(self) -> int:
+        return self._commits.word(int(self.places(torch.tensor(len(self) - 1))))
+
+    def _take_words(self, n: int) -> int:
+        word = self._next_word
+        self._next_word += n  # also if the write fails: files of a row that never was are not taken for another's
+        return word
+
+    def _refuse_too_large(self, files: Mapping[Key, Any]) -> None:
+        limit = self.entry.retention.max_bytes
+        size = sum(len(data) for data, _ in files.values())
+        if limit is not None and size and size + self._bytes() - self._files.bytes() > limit:
+            raise SettingsError(f"{self.name}: a row with {size} bytes of files has no room in max_bytes={limit}")
 
     def _write(self, values: Mapping[Key, Tensor], places: list[int]) -> None:
         where = torch.tensor(places, device="cpu")
         into = slice(places[0], places[-1] + 1) if bool((where.diff() == 1).all()) else where
-        self._commits.rows[into, 0] = 0
+        first = self._take_words(len(places))
+        self._commits.rows[into, 0] = BUSY
         for key, column in zip(self._keys, self._columns, strict=True):
             column.rows[into] = values[key].detach().to("cpu")
-        words = torch.arange(self._next_word, self._next_word + len(places), device="cpu")
+        words = torch.arange(first, first + len(places), device="cpu")
         if self.entry.checksums:
             sums = [column.checksums(where) for column in self._columns]
         else:
             sums = [torch.zeros(len(places), dtype=torch.int64, device="cpu") for _ in self._columns]
         self._commits.commit_many(where, words, [values[key] for key in META], sums)
-        self._next_word += len(places)
         self._places.extend(places)
 
     def _next(self, n: int) -> list[int]:
-        places = self._places.next(n, self._room)
+        places = self._places.next(n, self._room + len(self._left_out))  # which damaged rows take up for good
         if not places:
             raise SettingsError(f"{self.name!r} holds {len(self)} rows, the most there can be")
         self._grow(max(places) + 1)
@@ -222,9 +257,10 @@ class RowWriter(Rows):
 
     def drop(self, numbers: Sequence[int]) -> None:
         """Drop rows, given by number in ascending order, for good; the files keep their size."""
-        places = torch.tensor(self._places.remove(numbers), dtype=torch.int64, device="cpu")
+        places = self.places(torch.tensor([*numbers], dtype=torch.int64, device="cpu"))
         words = self.words(places).tolist()
         self._commits.drop(places)
+        self._places.remove(numbers)
         self._files.drop(words)
 
     def sync(self) -> None:

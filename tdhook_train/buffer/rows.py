@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from threading import RLock
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tdhook_train.buffer.checks import Checks
 from tdhook_train.buffer.column_file import ColumnFile, file_name
-from tdhook_train.buffer.commit_file import COMMITS, CommitFile
+from tdhook_train.buffer.commit_file import BUSY, COMMITS, CommitFile
 from tdhook_train.buffer.entry import Entry
 from tdhook_train.buffer.places import Places
 from tdhook_train.buffer.row import META, Key, key_name, show
@@ -23,7 +24,6 @@ from tdhook_train.errors import DamagedError, DamagedWarning, KeyMissingError, d
 __all__ = ["Damaged", "Rows", "nested"]
 
 Damaged = Literal["raise", "skip"]
-_NEVER = 2**63 - 1
 
 
 class Rows:
@@ -53,16 +53,16 @@ class Rows:
         ]
         self._commits = CommitFile(folder / COMMITS, len(self._columns) + len(schema.files), writable=self.writable)
         self._files = RowFiles(folder, schema.files)
-        self._checks = Checks(self._commits, self._columns, self._first_own())
+        self._checks = Checks(self._commits, self._columns)
         self._places = Places()
         self._skip = damaged == "skip"
+        self.lock = RLock()  # held by who reads or writes, since threads may share an artifact
         self._left_out: set[int] = set()  # damaged places, each named in a warning
         self._prepare()
         self._map()
         self._count()
-
-    def _first_own(self) -> int:
-        return _NEVER
+        if (lost := self._lost()) is not None:
+            self._lose(lost)
 
     def _prepare(self) -> None:
         """Make the files, where this begins them."""
@@ -78,8 +78,22 @@ class Rows:
 
     # --- which rows there are
 
+    def _lost(self) -> Path | None:
+        """Return a column that holds more rows than there are records, None if there is none."""
+        room = self._commits.size()
+        found = next((column.path for column in self._columns if column.used_behind(room)), None)
+        return found if self._commits.size() == room else None  # else a writer has grown them in the meantime
+
+    def _lose(self, column: Path) -> None:
+        warnings.warn(self._cut(column), DamagedWarning, stacklevel=3)
+
+    def _cut(self, column: Path) -> str:
+        return f"{self._commits.path} was cut: {column.name} holds rows of which no record is left"
+
     def _map(self) -> None:
         room = self._commits.size()
+        if not room:
+            raise DamagedError(f"{self._commits.path} is missing or was cut: no row of {self.name!r} can be told")
         self._commits.map(room)
         for column in self._columns:
             column.map(min(room, column.size()))
@@ -88,13 +102,14 @@ class Rows:
     def _count(self) -> None:
         self._changes = self._commits.changes  # before the words: what is dropped from now on is seen next time
         words = self._commits.words.clone()
-        places = (words > 0).nonzero()[:, 0]
-        bad = self._checks.records(places, words[places]).tolist()
-        if not self._changes and len(places):  # nothing was dropped, so there is no empty place before the last row
-            empty = (words[: int(places[-1])] == 0).nonzero()[:, 0]
-            bad += empty[self._commits.words[empty] == 0].tolist()
-        self._leave_out(bad + self._unreadable(places, words))
-        self._places.read(words, self._left_out)
+        places = ((words != 0) & (words != BUSY)).nonzero()[:, 0]
+        held, bad = self._checks.records(places, words[places])
+        # before the last row there is no place that was never used; a writer may have come between two looks
+        unused = (words[: int(places[-1])] == 0).nonzero()[:, 0] if len(places) else places
+        unused = unused[self._commits.words[unused] == 0]
+        places = places[held]
+        self._leave_out([*bad.tolist(), *unused.tolist(), *self._unreadable(places, words[places])])
+        self._places.read(places, words[places], self._left_out)
 
     def refresh(self) -> bool:
         """Take in what another process has written since, and return whether there was anything."""
@@ -111,13 +126,13 @@ class Rows:
         start, room = len(self), len(self._commits.words)
         if start == room or self._commits.word(start) <= 0:
             return False
-        words = self._commits.words
-        empty = (words[start:] <= 0).nonzero()[:1, 0]
-        places = torch.arange(start, start + int(empty) if len(empty) else room, device="cpu")
-        bad = self._checks.records(places, words[places]).tolist() + self._unreadable(places, words)
-        if bad:
-            self._leave_out(bad)
-            self._places.read(words, self._left_out)
+        words = self._commits.words[start:].clone()
+        empty = (words <= 0).nonzero()[:1, 0]
+        words = words[: int(empty) if len(empty) else None]
+        places = torch.arange(start, start + len(words), device="cpu")
+        held, bad = self._checks.records(places, words)
+        if len(bad) or not bool(held.all()) or self._unreadable(places, words):
+            self._count()
         else:
             self._places.extend(places.tolist())
         return True
@@ -125,8 +140,9 @@ class Rows:
     def _unreadable(self, places: Tensor, words: Tensor) -> list[int]:
         if not self._skip:
             return []
-        found = self._checks.values(tuple(range(len(self._columns))), places, words[places])
-        return [place for bad in found.values() for place in bad.tolist()]
+        found = self._checks.values(tuple(range(len(self._columns))), places, words)
+        bad = {place for each in found.values() for place in each.tolist()}
+        return [*bad, *(place for place, _ in self._broken_files(places, words))]
 
     def _leave_out(self, places: Iterable[int]) -> None:
         if new := set(places) - self._left_out:
@@ -242,20 +258,22 @@ class Rows:
             raise DamagedError(f"{self.folder}: the file of key {show(key)!r} of row {place} is missing")
         return value
 
-    def verify(self) -> list[str]:
-        """Return what is damaged, in words, having read everything."""
-        places, words = self.index()
-        found = [f"{self.folder}: {_several('row', self._left_out)} damaged"] if self._left_out else []
-        checks = Checks(self._commits, self._columns, _NEVER)
-        for i in range(len(self._columns)):
-            found += [self._damage(i, bad) for bad in checks.values((i,), places, words).values()]
+    def _broken_files(self, places: Tensor, words: Tensor) -> Iterator[tuple[int, str]]:
         for key in self._files.keys:
             for place, word in zip(places.tolist(), words.tolist(), strict=True):
                 try:
                     self._file(key, place, word)
                 except DamagedError as error:
-                    found.append(str(error))
-        return found
+                    yield place, str(error)
+
+    def verify(self) -> list[str]:
+        """Return what is damaged, in words, having read everything."""
+        places, words = self.index()
+        found = [f"{self.folder}: {_several('row', self._left_out)} damaged"] if self._left_out else []
+        checks = Checks(self._commits, self._columns)
+        for i in range(len(self._columns)):
+            found += [self._damage(i, bad) for bad in checks.values((i,), places, words).values()]
+        return found + [text for _, text in self._broken_files(places, words)]
 
 
 def _several(what: str, numbers: Iterable[int], *, verb: bool = True) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +13,11 @@ from tdhook_train.buffer.artifact import Artifact
 from tdhook_train.buffer.declaration import Declaration
 from tdhook_train.buffer.entry import Entry
 from tdhook_train.buffer.lock import WriterLock
-from tdhook_train.buffer.manifest import MANIFEST, Manifest
+from tdhook_train.buffer.manifest import Manifest, warn_of
 from tdhook_train.buffer.row_writer import RowWriter
 from tdhook_train.buffer.rows import Damaged, Rows
 from tdhook_train.buffer.storage import GrowingMemmapStorage
-from tdhook_train.errors import DamagedError, DamagedWarning, KeyMissingError, did_you_mean
+from tdhook_train.errors import DamagedError, KeyMissingError, did_you_mean
 
 __all__ = ["Run"]
 
@@ -57,20 +55,13 @@ class Run:
     def _find_manifest(self) -> Manifest:
         """Return the manifest, or what can be made of it from what lies beside the rows."""
         try:
-            return Manifest.read(self.path)
-        except (FileNotFoundError, DamagedError) as error:
-            missing = isinstance(error, FileNotFoundError)
-            found = Manifest.recover(self.path) if missing or self._mode == "r" else None
-            if found is None:
+            return Manifest.find(self.path)
+        except DamagedError:
+            recovered = Manifest.recover(self.path) if self._mode == "r" else None
+            if recovered is None:
                 raise
-        warnings.warn(
-            f"{self.path / MANIFEST} is {'missing' if missing else 'damaged'}; it was made again from what lies beside "
-            f"the rows ({', '.join(found.artifacts)}), without the labels of runs and the names of other folders",
-            DamagedWarning,
-            stacklevel=4,
-        )
-        rows = [Rows(self.path / name, entry, damaged=self._damaged) for name, entry in found.artifacts.items()]
-        return replace(found, attempt=max((each.last_attempt for each in rows), default=0))
+            warn_of(self.path, "damaged", recovered)
+            return recovered
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())

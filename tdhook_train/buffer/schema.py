@@ -157,7 +157,7 @@ class Schema:
                 raise SchemaError(f"{of}: key {show(key)!r} is declared, but not among {_keys(self.columns)}")
             if (given := _expand(key, column.shape, dims)) != column.dims:
                 raise SchemaError(f"{of}: dims of {show(key)!r} are {given}, expected {column.dims} as stored")
-        if declared.files and set(declared.files) != set(self.files):
+        if not set(declared.files) <= set(self.files):  # those of bytes need no declaration
             raise SchemaError(
                 f"{of}: files are {_keys(declared.files)}, expected {_keys(self.files) or 'none'} as stored"
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,8 +61,9 @@ class GrowingMemmapStorage(LazyMemmapStorage):
 
     def refresh(self) -> None:
         """Take in what another process has written since; nothing to do for a writer."""
-        if not self.writable and self.disk.refresh():
-            self._follow()
+        with self.disk.lock:
+            if not self.writable and self.disk.refresh():
+                self._follow()
 
     # --- writing
 
@@ -72,11 +75,9 @@ class GrowingMemmapStorage(LazyMemmapStorage):
             ClosedError: opened for reading.
             DiskError: the disk is full; nothing is lost, and the next append tries again.
         """
-        writer = self._writer()
         self.schema.check(row, of=self.name, meta=False)
-        position = writer.append(row, meta)
-        self._follow()
-        return position
+        with self._writing() as writer:
+            return writer.append(row, meta)
 
     def extend(self, rows: TensorDictBase) -> Tensor:
         """Commit several rows with their meta, batch first; a kill keeps the leading ones.
@@ -87,30 +88,47 @@ class GrowingMemmapStorage(LazyMemmapStorage):
         Raises:
             SchemaError: the rows differ from the schema; none is written.
         """
-        writer, files = self._writer(), self.schema.files
-        if files:
-            each = [self.append(*_apart(row, files)) for row in rows.unbind(0)]
-            return torch.tensor([position for position in each if position >= 0], dtype=torch.int64, device="cpu")
-        values = {as_key(key): value for key, value in rows.items(include_nested=True, leaves_only=True)}
-        self.schema.check(values, of=self.name, batched=True)
-        positions = writer.extend(values, rows.batch_size[0])
-        self._follow()
+        if files := self.schema.files:
+            apart = [_apart(row, files) for row in rows.unbind(0)]
+            for row, _ in apart:  # all are refused, or none
+                self.schema.check(row, of=self.name, meta=False)
+            with self._writing() as writer:
+                first = writer.next_word
+                for row, meta in apart:
+                    writer.append(row, meta)
+                positions = writer.numbers_since(first)
+        else:
+            values = {as_key(key): value for key, value in rows.items(include_nested=True, leaves_only=True)}
+            self.schema.check(values, of=self.name, batched=True)
+            with self._writing() as writer:
+                positions = writer.extend(values, rows.batch_size[0])
         return torch.tensor(positions, dtype=torch.int64, device="cpu")
+
+    @contextmanager
+    def _writing(self) -> Iterator[RowWriter]:
+        writer = self._writer()
+        with self.disk.lock:
+            try:
+                yield writer
+            finally:
+                self._follow()
 
     def _writer(self) -> RowWriter:
         if not (self.writable and isinstance(self.disk, RowWriter)):
             raise ClosedError(f"{self.name!r} was opened for reading; open it with mode='a' to write")
+        if self.disk.process != os.getpid():
+            raise ClosedError(f"{self.disk.folder} is written by process {self.disk.process}, of which this is a copy")
         return self.disk
 
     def drop(self, positions: Sequence[int]) -> None:
         """Drop rows, given in ascending order; their places are taken by later ones."""
-        self._writer().drop(positions)
-        self._follow()
+        with self._writing() as writer:
+            writer.drop(positions)
 
     def limit(self, entry: Entry) -> None:
         """Keep as many rows as the entry says, from now on."""
-        self._writer().limit(entry)
-        self._follow()
+        with self._writing() as writer:
+            writer.limit(entry)
 
     # --- reading
 
@@ -121,15 +139,16 @@ class GrowingMemmapStorage(LazyMemmapStorage):
             DamagedError: something of that is damaged.
         """
         disk = self.disk
-        if disk.dense and (disk.own or isinstance(index, slice)):
-            return super().get(index)
-        positions = _positions(index, self._len)
-        for _ in range(3):
-            places = disk.places(positions.reshape(-1))
-            rows = disk.table(places, disk.words(places))
-            if len(rows) == positions.numel():
-                return rows[0] if not positions.ndim else rows
-            self.refresh()  # some were replaced by later rows while they were read: take those
+        with disk.lock:
+            if disk.dense and not self.schema.files and (disk.own or isinstance(index, slice)):
+                return super().get(index)
+            positions = _positions(index, self._len)
+            for _ in range(3):
+                places = disk.places(positions.reshape(-1))
+                rows = disk.table(places, disk.words(places))
+                if len(rows) == len(places):
+                    return rows[0] if not positions.ndim else rows
+                self.refresh()  # some were replaced by later rows while they were read: take those
         raise IndexError(f"rows of {self.name!r} were dropped while they were read; the newest are being replaced")
 
     # --- what TorchRL calls

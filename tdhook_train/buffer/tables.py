@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-__all__ = ["array", "dataset", "package", "summary", "tidy"]
+__all__ = ["array", "dataset", "free", "package", "summary", "tidy"]
 
 
 def package(name: str) -> Any:
@@ -69,7 +69,7 @@ def summary(rows: TensorDictBase, runs: Sequence[str]) -> pd.DataFrame:
         del table["run"]
     for key, value in _items(rows):
         if value.ndim == 1 and key not in META:
-            table[_free(key_name(key), table)] = array(value)
+            table[free(key_name(key), table)] = array(value)
     return pandas.DataFrame(table)
 
 
@@ -85,14 +85,14 @@ def dataset(rows: TensorDictBase, schema: Schema, runs: Sequence[str]) -> xr.Dat
     coords["step"] = array(rows["meta", "step"])
     for key in META:
         if key[1] not in ("step", "run"):
-            coords[_free(key[1], sizes)] = ("step", array(rows[key]))
+            coords[free(key[1], sizes)] = ("step", array(rows[key]))
     if runs:
-        coords[_free("run", sizes)] = ("step", _run_labels(rows, runs))
-    values = {}
+        coords[free("run", sizes)] = ("step", _run_labels(rows, runs))
+    values: dict[str, Any] = {}
     for key, value in _items(rows):
         if key not in META:
             dims = [dim if sizes[dim] >= 0 else f"{key_name(key)}.{dim}" for dim in columns[key].dims]
-            values[_free(key_name(key), coords)] = (("step", *dims), array(value))
+            values[free(key_name(key), {*coords, *values})] = (("step", *dims), array(value))
     legend = {key_name(key): codes for key, codes in schema.legend.items()}
     attrs = {"settings": json.dumps(schema.settings), "legend": json.dumps(legend)}
     result: xr.Dataset = xarray.Dataset(values, coords, attrs)
@@ -104,5 +104,8 @@ def _items(rows: TensorDictBase) -> list[tuple[Key, Tensor]]:
     return [((key,) if isinstance(key, str) else key, value) for key, value in items]
 
 
-def _free(name: str, taken: Mapping[str, Any]) -> str:
-    return f"artifact.{name}" if name in taken else name
+def free(name: str, taken: Container[str]) -> str:
+    """Return a name that is not taken yet."""
+    while name in taken:
+        name = f"artifact.{name}"
+    return name
