@@ -151,7 +151,7 @@ class Method(ABC):
             TargetError: a target that no network gives out.
             NetworkError: ``networks`` names none.
         """
-        chosen = self._chosen(models)
+        chosen = self.chosen(models)
         if (targets := getattr(self, "targets", None)) is not None:
             refuse_unknown(targets, {name: model.out_keys for name, model in chosen.items()})
         layers = getattr(self, "layers", ())
@@ -179,12 +179,17 @@ class Method(ABC):
         Raises:
             NetworkError: a name that is no network, or no network is left.
         """
-        kept = {name: part for name, part in self._chosen(parts).items() if self.concerns(part.model)}
+        kept = {name: part for name, part in self.chosen(parts).items() if self.concerns(part.model)}
         if not kept:
             raise NetworkError(f"{self} has nothing to measure on {', '.join(map(repr, parts))}")
         return kept
 
-    def _chosen(self, among: Mapping[str, _T]) -> dict[str, _T]:
+    def chosen(self, among: Mapping[str, _T]) -> dict[str, _T]:
+        """Return those of some networks that ``networks=`` asks for.
+
+        Raises:
+            NetworkError: it names none of them.
+        """
         wanted = tuple(among) if self.networks is None else self.networks
         wanted = (wanted,) if isinstance(wanted, str) else wanted
         for name in wanted:

@@ -114,7 +114,7 @@ class HookedModel:
             if value is None:
                 known = [str(key) for key in inputs.keys(include_nested=True, leaves_only=True)]
                 raise KeyMissingError(
-                    f"input {key!r} of {type(self.module).__name__} is not in the batch{did_you_mean(str(key), known)}"
+                    f"input {key!r} of {self.title} is not in the batch{did_you_mean(str(key), known)}"
                 )
 
     @cached_property

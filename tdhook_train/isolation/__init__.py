@@ -2,7 +2,7 @@
 
 from tdhook_train.isolation.in_place import in_place
 from tdhook_train.isolation.networks import Network, is_loss, networks
-from tdhook_train.isolation.shadow import Shadow, private_copy
+from tdhook_train.isolation.shadow import Shadow, private_copy, take_over
 from tdhook_train.isolation.view import LiveView, ShadowView, View, isolated
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "isolated",
     "networks",
     "private_copy",
+    "take_over",
 ]

@@ -7,14 +7,14 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_train.errors import NetworkError
 from tdhook_train.isolation.networks import Network
 from tdhook_train.undo import kept_rng
 
-__all__ = ["Shadow", "private_copy"]
+__all__ = ["Shadow", "private_copy", "take_over"]
 
 _HOOKS = (
     "_forward_hooks",
@@ -66,12 +66,26 @@ class Shadow:
     def __init__(self, network: Network) -> None:
         self._network = network
         self.module = private_copy(network.module)
-        self._own = TensorDict.from_module(self.module).data.flatten_keys(".")
         self.refresh()
 
     def refresh(self) -> None:
-        """Copy the live weights and buffers into the private copy."""
-        live = self._network.weights().flatten_keys(".")
-        with torch.no_grad():
-            for key, mine in self._own.items():
-                mine.copy_(live.get(key))
+        """Copy the live weights and buffers into the private copy, which follows their dtype and device as well."""
+        take_over(self.module, self._network.weights())
+
+
+def take_over(module: nn.Module, weights: TensorDictBase, *, values: bool = True) -> None:
+    """Give a module copies of weights and buffers.
+
+    Args:
+        module: nobody else's.
+        weights: of a module of the same structure.
+        values: False takes over dtype and device alone.
+    """
+    live = weights.flatten_keys(".")
+    with torch.no_grad():
+        for key, mine in TensorDict.from_module(module).flatten_keys(".").items():
+            now = live.get(key)
+            if (mine.dtype, mine.device) != (now.dtype, now.device):
+                mine.data = mine.data.to(now)
+            if values:
+                mine.data.copy_(now)

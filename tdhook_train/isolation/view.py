@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+from tensordict import NestedKey
 from tensordict.nn import InteractionType, set_interaction_type
 from torch import nn
 
@@ -24,6 +25,10 @@ class View(Protocol):
     def modules(self) -> Mapping[str, nn.Module]:
         """The modules by network name."""
 
+    @property
+    def in_keys(self) -> Mapping[str, Sequence[NestedKey]]:
+        """What networks read that are no TensorDict modules, as far as the loss says."""
+
     def open(self, seed: int) -> AbstractContextManager[None]:
         """A context in which the modules hold the present weights and nothing done to them is seen outside."""
 
@@ -32,7 +37,9 @@ class ShadowView:
     """Private copies of a loss's networks, given the live weights each time they are opened."""
 
     def __init__(self, loss: nn.Module) -> None:
-        self._shadows = {name: Shadow(network) for name, network in networks(loss).items()}
+        found = networks(loss)
+        self._shadows = {name: Shadow(network) for name, network in found.items()}
+        self.in_keys = {name: network.in_keys for name, network in found.items() if network.in_keys is not None}
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -53,6 +60,7 @@ class LiveView:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self.in_keys: dict[str, Sequence[NestedKey]] = {}
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:

@@ -134,15 +134,19 @@ def _refuse_unknown_groups(subject: Subject, method: Method, source: Source) -> 
 def _look(subject: Subject, rows: Rows, source: Source, tick: Tick) -> dict[str, Part]:
     """Run every network once, reading the union of what the methods want."""
     methods = [method for group in rows.values() for method in group]
+    wanted = {name for method in methods for name in method.chosen(subject.networks)}
+    networks = {name: hooked for name, hooked in subject.networks.items() if name in wanted}
+    subject.convert_initial()
     values: dict[str, dict[str, Tensor]] = {}
     outputs: dict[str, TensorDictBase] = {}
-    for name, hooked in subject.networks.items():
+    for name, hooked in networks.items():
         batch = source.batch.to(hooked.device())
         for initial in (hooked, subject.initial.get(name)):
             if initial is not None:
                 initial.trace(batch)
-        values[name], outputs[name] = look(hooked, batch, _union(hooked, methods))
-    read = {key for hooked in subject.networks.values() for key in hooked.in_keys}
+        here = [method for method in methods if name in method.chosen(subject.networks)]
+        values[name], outputs[name] = look(hooked, batch, _union(hooked, here))
+    read = {key for hooked in networks.values() for key in hooked.in_keys}
     return {
         name: Part(
             Seen(
@@ -156,14 +160,12 @@ def _look(subject: Subject, rows: Rows, source: Source, tick: Tick) -> dict[str,
             ),
             hooked,
         )
-        for name, hooked in subject.networks.items()
+        for name, hooked in networks.items()
     }
 
 
 def _union(hooked: HookedModel, methods: Sequence[Method]) -> list[str]:
     wanted: set[str] = set()
     for method in methods:
-        chosen = method.networks
-        if chosen is None or hooked.name in ((chosen,) if isinstance(chosen, str) else chosen):
-            wanted |= set(hooked.sites(method.taps(hooked)))
+        wanted |= set(hooked.sites(method.taps(hooked)))
     return list(hooked.sites(sorted(wanted)))

@@ -12,7 +12,7 @@ from torch import nn
 
 from tdhook_train.errors import NetworkError, SchemaError
 from tdhook_train.hooks import HookedModel
-from tdhook_train.isolation import View, is_loss, isolated, private_copy
+from tdhook_train.isolation import View, is_loss, isolated, private_copy, take_over
 from tdhook_train.ops.files import whole_file
 from tdhook_train.ops.fingerprint import fingerprint
 
@@ -33,7 +33,8 @@ class Subject:
         self.is_loss = is_loss(model)
         self.view: View = isolated(model)
         self.networks = {
-            name: HookedModel(module, in_keys, out_keys, name=name) for name, module in self.view.modules.items()
+            name: HookedModel(module, in_keys or self.view.in_keys.get(name), out_keys, name=name)
+            for name, module in self.view.modules.items()
         }
         self.initial: dict[str, HookedModel] = {}
 
@@ -49,6 +50,11 @@ class Subject:
             name: HookedModel(copy, self.networks[name].in_keys, self.networks[name].out_keys, name=name)
             for name, copy in copies.items()
         }
+
+    def convert_initial(self) -> None:
+        """Let the network at initialisation follow the dtype and device of the present one."""
+        for name, hooked in self.initial.items():
+            take_over(hooked.module, _weights(self.networks[name].module), values=False)
 
     def save_initial(self, path: Path) -> None:
         """Write the weights at initialisation to one file."""
