@@ -14,7 +14,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from tdhook_train.buffer.query import Queries
 from tdhook_train.buffer.row import Key, RowMeta, Value, with_meta
 from tdhook_train.buffer.storage import GrowingMemmapStorage
-from tdhook_train.errors import SettingsError
+from tdhook_train.errors import SchemaError, SettingsError
 
 if TYPE_CHECKING:
     from tdhook_train.buffer.run import Run
@@ -162,6 +162,8 @@ class Artifact(Queries, TensorDictReplayBuffer):
         Returns:
             Its position, -1 where retention keeps others instead.
         """
+        if not isinstance(data, TensorDictBase):
+            raise SchemaError(f"{self._storage.name}: a row comes as a TensorDict, got {type(data).__name__}")
         index = self.extend(data.unsqueeze(0))
         return int(index) if len(index) else -1
 

@@ -32,7 +32,7 @@ class ArtifactBuffer(Recording):
 
     Rows outlast the process as soon as ``append`` returns, and a power cut after :meth:`flush`, which a thread calls
     some seconds after each row. Without limits nothing is ever dropped; those given here hold for each artifact that
-    :meth:`declare` gives no others.
+    :meth:`declare` gives no others, also when the run is resumed.
 
     Args:
         path: the run's folder; made where there is none.
@@ -62,17 +62,17 @@ class ArtifactBuffer(Recording):
         seed: int = 0,
         capacity: int | None = None,
         max_bytes: int | None = None,
-        keep: Keep = "newest",
+        keep: Keep | None = None,
         flush_every: float = FLUSH_EVERY_S,
     ) -> None:
         if resume and overwrite:
             raise SettingsError("resume=True and overwrite=True were given; choose one")
         self._begin(Path(path), "a", seed)
-        self._retention = Retention(capacity, max_bytes, keep)
+        limits = Retention().changed(capacity, max_bytes, keep)
         folder.check_free(self.path, allow_run=resume or overwrite)
         self._flusher = Flusher(self.flush, flush_every)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._take_over(overwrite)
+        self._take_over(overwrite, None if limits == Retention() else limits)
 
     @classmethod
     def open(
@@ -102,10 +102,9 @@ class ArtifactBuffer(Recording):
         folder.check_run(Path(path))
         buffer = cls.__new__(cls)
         buffer._begin(Path(path), mode, seed, damaged)
-        buffer._retention = Retention()
         buffer._flusher = Flusher(buffer.flush, FLUSH_EVERY_S)
         if mode == "a":
-            buffer._take_over(overwrite=False)
+            buffer._take_over()
         else:
             buffer._seen = folder.signature(buffer.path)
             buffer._manifest = buffer._find_manifest()
@@ -137,24 +136,24 @@ class ArtifactBuffer(Recording):
             SettingsError: two runs have the same label, or there is none.
         """
         sources = {label: cls.open(path, damaged="skip") for label, path in labelled(runs).items()}
-        with appearing(Path(into), overwrite=overwrite) as folder_, cls(folder_) as merged:
+        with appearing(Path(into).resolve(), overwrite=overwrite) as folder_, cls(folder_) as merged:
             merged._write_manifest(replace(merged._manifest, runs=labels_of(sources)))
             copy_rows(sources, merged, progress=progress)
         return cls.open(into)
 
-    def _take_over(self, overwrite: bool) -> None:
+    def _take_over(self, overwrite: bool = False, limits: Retention | None = None) -> None:
         where = str(self.path.resolve())
         if (before := _WRITERS.get(where)) is not None:
             before.close()  # of one process, the writer opened last goes on, as in a notebook cell that is run again
         self._lock = WriterLock(self.path)
         try:
-            self._start(overwrite)
+            self._start(overwrite, limits)
         except BaseException:
             self._lock.release()
             raise
         _WRITERS[where] = self
 
-    def _start(self, overwrite: bool) -> None:
+    def _start(self, overwrite: bool, limits: Retention | None) -> None:
         found = self._find_manifest() if folder.holds_run(self.path) else None
         if found is not None and overwrite:
             folder.delete_run(self.path, found)
@@ -162,6 +161,8 @@ class ArtifactBuffer(Recording):
         if found is not None:
             self._manifest = replace(found, attempt=found.attempt + 1)
             folder.sweep(self.path)
+        if limits is not None:
+            self._manifest = replace(self._manifest, retention=limits)
         self._manifest.write(self.path)
         for name, entry in self._manifest.artifacts.items():
             if not (self.path / name / SCHEMA).exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tdhook_train.buffer.retention import Retention
@@ -18,19 +18,21 @@ class Entry:
 
     Args:
         schema: what every row looks like.
-        retention: how many rows are kept, and which.
+        retention: how many rows are kept, and which; None where the run's limits hold.
         checksums: whether values are stored with checksums.
     """
 
     schema: Schema
-    retention: Retention = field(default_factory=Retention)
+    retention: Retention | None = None
     checksums: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as plain JSON values."""
-        return {"retention": self.retention.to_json(), "checksums": self.checksums, **self.schema.to_json()}
+        retention = None if self.retention is None else self.retention.to_json()
+        return {"retention": retention, "checksums": self.checksums, **self.schema.to_json()}
 
     @classmethod
     def from_json(cls, text: Mapping[str, Any]) -> Entry:
         """Build the entry that :meth:`to_json` wrote."""
-        return cls(Schema.from_json(text), Retention.from_json(text["retention"]), text["checksums"])
+        retention = None if text["retention"] is None else Retention.from_json(text["retention"])
+        return cls(Schema.from_json(text), retention, text["checksums"])

@@ -16,6 +16,7 @@ from typing import Any
 
 from tdhook_train.buffer.disk import disk_errors
 from tdhook_train.buffer.entry import Entry
+from tdhook_train.buffer.retention import Retention
 from tdhook_train.buffer.rows import Rows
 from tdhook_train.errors import DamagedError, DamagedWarning, SchemaError
 
@@ -38,6 +39,7 @@ class Manifest:
         versions: of the libraries that began it.
         artifacts: by name, in the order they were declared.
         folders: sub-folders for other files.
+        retention: how many rows are kept of artifacts that have no limits of their own.
         runs: labels of the runs that were merged, by the number in ``("meta", "run")``; none for a run of its own.
     """
 
@@ -48,6 +50,7 @@ class Manifest:
     artifacts: Mapping[str, Entry] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
     runs: tuple[str, ...] = ()
+    retention: Retention = field(default_factory=Retention)
 
     @classmethod
     def new(cls) -> Manifest:
@@ -70,6 +73,7 @@ class Manifest:
             "attempt": self.attempt,
             "versions": dict(self.versions),
             "runs": list(self.runs),
+            "retention": self.retention.to_json(),
             "folders": list(self.folders),
             "artifacts": {name: entry.to_json() for name, entry in self.artifacts.items()},
         }
@@ -97,6 +101,7 @@ class Manifest:
                 artifacts={name: Entry.from_json(entry) for name, entry in text["artifacts"].items()},
                 folders=tuple(text["folders"]),
                 runs=tuple(text["runs"]),
+                retention=Retention.from_json(text["retention"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, SchemaError):

@@ -36,7 +36,8 @@ def labelled(runs: Mapping[str, str | os.PathLike[str]] | Iterable[str | os.Path
     """
     if isinstance(runs, (str, os.PathLike)):
         raise SettingsError(f"runs={runs!r} is one folder; give several, as a list or by label")
-    pairs = list(runs.items()) if isinstance(runs, Mapping) else [(Path(run).name, run) for run in runs]
+    given = runs.items() if isinstance(runs, Mapping) else ((Path(run).resolve().name, run) for run in runs)
+    pairs = [(str(label), run) for label, run in given]
     if not pairs:
         raise SettingsError("there is no run to merge")
     by_label: dict[str, Path] = {}
@@ -69,6 +70,9 @@ def appearing(into: Path, *, overwrite: bool) -> Iterator[Path]:
     if before is not None and (others := folder.others(into, before)):
         raise RunExistsError(f"{into} holds other files beside its run ({others[0]}); choose another folder")
     lock = WriterLock(into) if before is not None else None
+    for left in into.parent.glob(f".{into.name}.*.partial"):  # by a process that was killed
+        if not _lives(int(left.name.split(".")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
     partial = into.with_name(f".{into.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -85,6 +89,16 @@ def appearing(into: Path, *, overwrite: bool) -> Iterator[Path]:
     finally:
         if lock is not None:
             lock.release()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def copy_rows(sources: Mapping[str, Run], merged: ArtifactBuffer, *, progress: bool) -> None:

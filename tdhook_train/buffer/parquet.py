@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdhook_train.buffer.row import Key, key_name
+from tdhook_train.buffer.row import META, Key, key_name
 from tdhook_train.buffer.schema import Schema
 from tdhook_train.buffer.tables import array, free, package
 
@@ -26,7 +26,14 @@ def write_table(table: pd.DataFrame, path: Path) -> Path:
     """Write a table, all at once or not at all."""
     arrow = package("pyarrow")
     # not Table.from_pandas, which makes nulls of NaNs
-    return _write([arrow.table({name: arrow.array(table[name].to_numpy()) for name in table})], path)
+    columns: dict[str, Any] = {}
+    for name in table:
+        values = table[name].to_numpy()
+        parts = (
+            {f"{name}.real": values.real, f"{name}.imag": values.imag} if values.dtype.kind == "c" else {name: values}
+        )
+        columns |= {part: arrow.array(each) for part, each in parts.items()}
+    return _write([arrow.table(columns)], path)
 
 
 def write_rows(parts: Iterable[TensorDictBase], schema: Schema, runs: Sequence[str], path: Path) -> Path:
@@ -43,10 +50,11 @@ def write_rows(parts: Iterable[TensorDictBase], schema: Schema, runs: Sequence[s
 
 
 def _names(schema: Schema) -> dict[Key, str]:
-    names: dict[Key, str] = {}
+    names = {key: key_name(key) for key in META}  # which keep their names, whatever keys of the user read alike
     for key in schema.columns:
-        names[key] = free(key_name(key), names.values())
-    return names
+        if key not in META:
+            names[key] = free(key_name(key), names.values())
+    return {key: names[key] for key in schema.columns}
 
 
 def _cells(values: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -80,6 +81,7 @@ class Queries:
         Raises:
             KeyMissingError: there is none; the message names the nearest steps.
         """
+        step = _whole(step)
         steps, places, words = self._in_order()
         found = int(torch.searchsorted(steps, step, right=True)) - 1
         if found < 0 or int(steps[found]) != step:
@@ -98,8 +100,8 @@ class Queries:
             keys: what to read, for instance ``["r2", ("meta", "time")]``; None reads all.
         """
         steps, places, words = self._in_order()
-        start = 0 if lo is None else int(torch.searchsorted(steps, lo))
-        stop = len(steps) if hi is None else int(torch.searchsorted(steps, hi, right=True))
+        start = 0 if lo is None else int(torch.searchsorted(steps, _number(lo)))
+        stop = len(steps) if hi is None else int(torch.searchsorted(steps, _number(hi), right=True))
         part = slice(start, max(start, stop))
         return self._table(places[part], words[part], keys)
 
@@ -147,6 +149,10 @@ class Queries:
             return held
         if isinstance(condition, str):
             condition = self._code(key, condition)
+        if not isinstance(condition, (int, float, complex, Tensor)) or not isinstance(values, Tensor):
+            raise SettingsError(
+                f"the condition on {show(key)!r} is {condition!r}, expected a function, or a value of a column"
+            )
         return (values == condition).reshape(len(values), -1).all(1)
 
     def _code(self, key: Key, label: str) -> int:
@@ -286,6 +292,19 @@ class Queries:
             return parquet.write_table(self.to_pandas(key), Path(path))
         parts = self.in_parts(_CHUNK_ROWS, list(self.schema.columns))
         return parquet.write_rows(parts, self.schema, self.runs, Path(path))
+
+
+def _number(step: float) -> float:
+    if not isinstance(step, (int, float)):
+        step = _whole(step)
+    return step
+
+
+def _whole(step: Any) -> int:
+    try:
+        return operator.index(step)
+    except TypeError:
+        raise SettingsError(f"step={step!r} is no whole number") from None
 
 
 def _count(n: int) -> int:

@@ -19,7 +19,7 @@ from tdhook_train.buffer.declaration import Declaration, Label
 from tdhook_train.buffer.entry import Entry
 from tdhook_train.buffer.flusher import Flusher
 from tdhook_train.buffer.manifest import Manifest, write_schema
-from tdhook_train.buffer.retention import Keep, Retention
+from tdhook_train.buffer.retention import Keep
 from tdhook_train.buffer.row import META, Key, RowMeta, Value, flatten, with_meta
 from tdhook_train.buffer.row_writer import RowWriter
 from tdhook_train.buffer.run import Run
@@ -34,7 +34,6 @@ _CHECKED_BYTES = 10**6  # rows below this size have checksums, unless declared o
 class Recording(Run):
     """What can be written of a run."""
 
-    _retention: Retention
     _flusher: Flusher
 
     def declare(  # noqa: PLR0913 - everything that describes an artifact
@@ -61,8 +60,8 @@ class Recording(Run):
             legend: what the codes of a key mean.
             files: keys whose values differ in shape from row to row (a fitted dictionary), tensors or nested
                 TensorDicts, each kept in a file of its own. Keys that hold bytes (a figure) are kept so in any case.
-            capacity: how many rows there may be. If neither this nor the next two are given, what was stored or what
-                the run was opened with holds; of an artifact that has rows, all three can be changed.
+            capacity: how many rows there may be. Of this and the next two, what is not given is as it was stored, or as
+                the run has it; of an artifact that has rows, all three can be changed.
             max_bytes: how many bytes they may take up on the disk. Where rows were stored before, a smaller limit drops
                 rows, but frees no disk: the files of columns never shrink, since others may have mapped them.
             keep: which rows stay, as for the run.
@@ -76,9 +75,11 @@ class Recording(Run):
         declared = Declaration.of(dims or {}, coords, settings, legend, files)
         entry = self._manifest.artifacts.get(name)
         if entry is not None:
-            entry.schema.check_declaration(declared, of=name)
+            given = {"coords": coords, "settings": settings, "legend": legend}
+            entry.schema.check_declaration(declared, [w for w, value in given.items() if value is not None], of=name)
         limited = (capacity, max_bytes, keep) != (None, None, None)
-        retention = Retention(capacity, max_bytes, keep or "newest") if limited else None
+        before = (entry and entry.retention) or self._manifest.retention
+        retention = before.changed(capacity, max_bytes, keep) if limited else None
         self._declared[name] = replace(declared, retention=retention, checksums=checksums)
         if entry is not None and retention not in (None, entry.retention):
             entry = replace(entry, retention=retention)
@@ -176,11 +177,12 @@ class Recording(Run):
             return
         self._check_artifact_name(name)
         declared = self._declared.setdefault(name, Declaration())
-        schema, retention = Schema.of(row, declared), declared.retention or self._retention
-        retention.check(schema.columns, name)
+        schema = Schema.of(row, declared)
         small = schema.row_bytes < _CHECKED_BYTES
-        entry = Entry(schema, retention, small if declared.checksums is None else declared.checksums)
-        rows = RowWriter(self.path / name, entry, mode="w", attempt=self.attempt, damaged=self._damaged)
+        entry = Entry(schema, declared.retention, small if declared.checksums is None else declared.checksums)
+        (declared.retention or self._manifest.retention).check(schema.columns, name)
+        limited = self._limited(entry)
+        rows = RowWriter(self.path / name, limited, mode="w", attempt=self.attempt, damaged=self._damaged)
         # the files first: a reader that finds the name in the manifest finds them too
         self._write_entry(name, entry)
         self._artifacts[name] = self._artifact(name, rows)

@@ -53,6 +53,14 @@ class Retention:
                 "a nested key as a tuple of its own"
             )
 
+    def changed(self, capacity: int | None, max_bytes: int | None, keep: Keep | None) -> Retention:
+        """Return these limits with those that are given in their place."""
+        return Retention(
+            self.capacity if capacity is None else capacity,
+            self.max_bytes if max_bytes is None else max_bytes,
+            self.keep if keep is None else keep,
+        )
+
     @property
     def rule(self) -> str:
         """The name of what is kept."""

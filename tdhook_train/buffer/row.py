@@ -101,6 +101,11 @@ def with_meta(rows: TensorDictBase, of: str, attempt: int) -> TensorDictBase:
     Raises:
         SchemaError: the step is missing, or there is something that is none of the meta, or of another dtype or shape.
     """
+    if not isinstance(rows, TensorDictBase) or rows.batch_dims != 1:
+        what = (
+            f"batch size {tuple(rows.batch_size)}" if isinstance(rows, TensorDictBase) else f"a {type(rows).__name__}"
+        )
+        raise SchemaError(f"{of}: rows come as a TensorDict with one batch dimension, got {what}")
     rows = rows.copy()
     given = [key for key in rows.keys(include_nested=True, leaves_only=True) if as_key(key)[0] == "meta"]
     for key in given:

@@ -14,8 +14,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.buffer.column_file import sync
-from tdhook_train.buffer.row import Key, Value, key_name
-from tdhook_train.errors import DamagedError
+from tdhook_train.buffer.row import Key, Value, key_name, show
+from tdhook_train.errors import DamagedError, SchemaError
 
 __all__ = ["RowFiles"]
 
@@ -40,7 +40,8 @@ class RowFiles:
         """Return what the files of a row will hold, and whether that is the value itself."""
         values = {key: row[key] for key in self.keys}
         return {
-            key: (value, True) if isinstance(value, bytes) else (_dumped(value), False) for key, value in values.items()
+            key: (value, True) if isinstance(value, bytes) else (_dumped(key, value), False)
+            for key, value in values.items()
         }
 
     def write(self, word: int, files: Mapping[Key, tuple[bytes, bool]]) -> list[int]:
@@ -116,13 +117,16 @@ class RowFiles:
             sync(self._unsynced.pop())
 
 
-def _dumped(value: Tensor | TensorDictBase) -> bytes:
-    if isinstance(value, Tensor):
-        plain: Any = _owned(value)
-    else:
-        plain = {"batch_size": list(value.batch_size), "values": value.apply(_owned).to_dict()}
+def _dumped(key: Key, value: Tensor | TensorDictBase) -> bytes:
     file = io.BytesIO()
-    torch.save(plain, file)
+    try:
+        if isinstance(value, Tensor):
+            plain: Any = _owned(value)
+        else:
+            plain = {"batch_size": list(value.batch_size), "values": value.apply(_owned).to_dict()}
+        torch.save(plain, file)
+    except RuntimeError as error:
+        raise SchemaError(f"key {show(key)!r} holds what no file can hold: {error}") from None
     return file.getvalue()
 
 

@@ -15,6 +15,7 @@ from tdhook_train.buffer.column_file import sync
 from tdhook_train.buffer.commit_file import BUSY
 from tdhook_train.buffer.disk import disk_errors
 from tdhook_train.buffer.entry import Entry
+from tdhook_train.buffer.retention import Retention
 from tdhook_train.buffer.row import META, Key
 from tdhook_train.buffer.rows import Damaged, Rows
 from tdhook_train.errors import DamagedError, SettingsError
@@ -39,7 +40,7 @@ class RowWriter(Rows):
 
     Args:
         folder: where the files lie.
-        entry: what a row looks like, and how many are kept.
+        entry: what a row looks like, and how many are kept: as many as there come, where it does not say.
         mode: ``"w"`` begins empty, ``"a"`` goes on.
         attempt: which one this is, in writing.
         damaged: what to do about damaged rows, as for reading.
@@ -102,7 +103,7 @@ class RowWriter(Rows):
         Raises:
             SettingsError: ``max_bytes`` has no room for two rows.
         """
-        kept, room = entry.retention, MAX_ROWS
+        kept, room = entry.retention or Retention(), MAX_ROWS
         if kept.capacity is not None:
             room = kept.capacity + _spare(kept.capacity)
         if kept.max_bytes is not None:
@@ -114,23 +115,23 @@ class RowWriter(Rows):
                 )
         most = room - _spare(room * 8 // 9) if kept.limited else room
         self._room, self._most = room, min(most, kept.capacity or most)
-        self.entry = entry
+        self.entry, self._kept = entry, kept
         self._let_go()
 
     def _most_at_once(self) -> int:
         """Return by how many rows the files may grow; where files of rows are counted too, blocks are not hoarded."""
-        limit = self.entry.retention.max_bytes
+        limit = self._kept.max_bytes
         return self._room if limit is None or not self._files.keys else max(1, limit // 16 // self.row_bytes)
 
     def _let_go(self) -> None:
-        kept = self.entry.retention
+        kept = self._kept
         if (over := len(self) - self._most) > 0:
             self.drop(self._victims(over))
         while kept.max_bytes is not None and self._files.keys and len(self) > 1 and self._bytes() > kept.max_bytes:
             self.drop(self._victims(1))
 
     def _victims(self, n: int) -> list[int]:
-        kept, (places, _) = self.entry.retention, self.index()
+        kept, (places, _) = self._kept, self.index()
         # as they are, without looking at checksums: a damaged row must not stop the training
         values = None if kept.key is None else self._columns[self._column_of(kept.key)].rows[places]
         return kept.victims(n, self._commits.meta["meta", "step"][places], values)
@@ -228,7 +229,7 @@ class RowWriter(Rows):
         return word
 
     def _refuse_too_large(self, files: Mapping[Key, Any]) -> None:
-        limit = self.entry.retention.max_bytes
+        limit = self._kept.max_bytes
         size = sum(len(data) for data, _ in files.values())
         if limit is not None and size and size + self._bytes() - self._files.bytes() > limit:
             raise SettingsError(f"{self.name}: a row with {size} bytes of files has no room in max_bytes={limit}")

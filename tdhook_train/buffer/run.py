@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,7 +96,12 @@ class Run:
     def _rows(self, name: str, entry: Entry) -> Rows:
         if self._mode == "r" or self._closed:
             return Rows(self.path / name, entry, damaged=self._damaged)
+        entry = self._limited(entry)
         return RowWriter(self.path / name, entry, mode="a", attempt=self.attempt, damaged=self._damaged)
+
+    def _limited(self, entry: Entry) -> Entry:
+        """Return an entry with the limits that hold for it."""
+        return replace(entry, retention=entry.retention or self._manifest.retention)
 
     def _artifact(self, name: str, rows: Rows) -> Artifact:
         seed = zlib.crc32(name.encode(), self.seed)  # artifacts of one run draw apart

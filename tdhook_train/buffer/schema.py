@@ -145,8 +145,13 @@ class Schema:
             if _text(mine) != _text(given):
                 raise SchemaError(f"{what} differ: {_first_difference(given, mine)}")
 
-    def check_declaration(self, declared: Declaration, *, of: str) -> None:
+    def check_declaration(self, declared: Declaration, about: Iterable[str], *, of: str) -> None:
         """Refuse a declaration under which the rows stored so far would mean something else.
+
+        Args:
+            declared: the declaration.
+            about: which of coords, settings and legend it says something about.
+            of: what it is about, for the message.
 
         Raises:
             SchemaError: naming what differs, what was given and what is stored.
@@ -161,10 +166,10 @@ class Schema:
             raise SchemaError(
                 f"{of}: files are {_keys(declared.files)}, expected {_keys(self.files) or 'none'} as stored"
             )
-        for what in ("coords", "settings", "legend"):
-            given, stored = getattr(declared, what), getattr(self, what)
-            if given != stored and _text(given) != _text(stored):  # a NaN is unlike itself
-                raise SchemaError(f"{of}: {what} differ: {_first_difference(given, stored)}")
+        for what in about:
+            now, stored = getattr(declared, what), getattr(self, what)
+            if now != stored and _text(now) != _text(stored):  # a NaN is unlike itself
+                raise SchemaError(f"{of}: {what} differ: {_first_difference(now, stored)}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the schema as plain JSON values."""

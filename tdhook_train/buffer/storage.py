@@ -144,6 +144,8 @@ class GrowingMemmapStorage(LazyMemmapStorage):
                 return super().get(index)
             positions = _positions(index, self._len)
             for _ in range(3):
+                if len(positions.reshape(-1)) and int(positions.max()) >= len(disk):
+                    break
                 places = disk.places(positions.reshape(-1))
                 rows = disk.table(places, disk.words(places))
                 if len(rows) == len(places):
