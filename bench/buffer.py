@@ -9,6 +9,7 @@ own.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import platform
 import random
@@ -36,9 +37,9 @@ def resident(kind):
     return int(re.search(rf'{kind}:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024
 """
 READS_ONE_KEY = """
-artifact = ArtifactBuffer.open(sys.argv[1])['a']
+ArtifactBuffer.open(sys.argv[1])['b'].series('score')
 before = resident('RssFile')
-artifact.series('score')
+ArtifactBuffer.open(sys.argv[1])['a'].series('score')
 print(resident('RssFile') - before)
 """
 WRITES_MANY = """
@@ -118,27 +119,26 @@ def main() -> None:
     options.add_argument("--million", type=int, default=1_000_000)
     options.add_argument("--folder", default=None, help="on which file system")
     given = options.parse_args()
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}\n"
-    )
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    print(f"{platform.machine()}, {cores}, torch {torch.__version__}, Python {platform.python_version()}\n")
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         for kilobytes in (1, 256):
             (base := Path(folder, str(kilobytes))).mkdir()
             report(f"a row of {kilobytes} KB", appends(kilobytes, given.rounds, base), 1e6, "µs")
         many(given.rows, given.rounds, Path(folder))
-        print(
-            f"reading one number of {given.rows} rows brings in {process(READS_ONE_KEY, Path(folder, 'ours'))[-1]:.1f} MB"
-        )
+        read = process(READS_ONE_KEY, Path(folder, "ours"))[-1]
+        on_disk = sum(file.stat().st_size for file in Path(folder, "ours", "a").iterdir()) / 2**20
+        print(f"opening, and one number of {given.rows} rows: {read:.1f} MiB of {on_disk:.0f} come into memory")
         resident = process(WRITES_MANY, given.million, folder)
-        first, rest = resident[: len(resident) // 10], resident[len(resident) // 10 :]
-        print(
-            f"writing {given.million} rows: at most {max(first):.1f} MB resident in the first tenth, {max(rest):.1f} after"
-        )
+        most = ", ".join(f"{max(part):.0f}" for part in np.array_split(resident, 10))
+        print(f"writing {given.million} rows, the most resident in each tenth, MiB: {most}")
 
 
 def many(rows: int, rounds: int, folder: Path) -> None:
     """Report what reading and opening many rows takes."""
     ours, bare = filled(rows, folder)
+    ours.append("b", {"score": 1.0}, step=0)
     ours.flush()
     reader = ArtifactBuffer.open(folder / "ours")["a"]
     reader[:]  # every checksum was looked at

@@ -268,7 +268,7 @@ def test_a_limit_that_is_refused_changes_nothing(path):
             assert buffer["a"].steps.tolist() == [0, 1, 2, 3, 4]
 
 
-NO_RULES = ["newst", "largest", 5, None, (), ("largest",), ("newest", "score"), ("largest", 3), ("largest", "a", "b")]
+NO_RULES = ["newst", "largest", 5, (), ("largest",), ("newest", "score"), ("largest", 3), ("largest", "a", "b")]
 NO_LIMITS = [{"capacity": 0}, {"capacity": 2.5}, {"max_bytes": -1}, {"max_bytes": "1 GB"}]
 
 
