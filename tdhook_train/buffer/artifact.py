@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from tdhook_train.buffer.run import Run
 
 __all__ = ["Artifact"]
+
+_DRAWS = 16
 
 
 class _Appending(Writer):
@@ -126,9 +129,12 @@ class Artifact(Queries, TensorDictReplayBuffer):
         return int(super().__len__())
 
     def _sample(self, batch_size: int) -> tuple[Any, dict[str, Any]]:
-        self.refresh()
-        sample: tuple[Any, dict[str, Any]] = super()._sample(batch_size)
-        return sample
+        for _ in range(_DRAWS):
+            self.refresh()
+            with suppress(IndexError):  # another process has dropped rows that were drawn
+                sample: tuple[Any, dict[str, Any]] = super()._sample(batch_size)
+                return sample
+        return super()._sample(batch_size)
 
     def __getitem__(self, index: Any) -> Any:
         """Return copies of rows, in the order they were written, or one key of all of them."""
@@ -136,7 +142,9 @@ class Artifact(Queries, TensorDictReplayBuffer):
         if _is_key(index) and not len(self.transform):
             return self._kept(self._known(index), *self._storage.disk.index())
         if isinstance(index, slice):  # of which TorchRL gives a view of the files
-            index = torch.arange(len(self), device="cpu")[index]
+            places, words = self._storage.disk.index()
+            rows = self._table(places[index], words[index], None)
+            return self.transform(rows) if len(self.transform) else rows
         rows = super().__getitem__(index)
         return rows.clone() if self._storage.disk.own else rows  # what was measured is not to be changed by accident
 

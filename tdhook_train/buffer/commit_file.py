@@ -25,12 +25,13 @@ _META_FORMAT = "".join("d" if dtype == torch.float64 else "q" for dtype in META.
 class CommitFile(ColumnFile):
     """Records of a word, the row's meta, one CRC-32 a column and one over all of these.
 
-    The word is 0 in a place that was never used, ``BUSY`` in one that is being written, positive in a committed row,
-    negative in one that was dropped. It counts up over all rows ever written, attempts in its upper bits: no two rows
-    share one, whichever place they take. The last checksum is taken over the word too, so that a row is neither lost
-    nor back because a bit of its word fell over.
+    The word is 0 in a place that was never used, ``BUSY`` in one that is being written, positive in a committed row, and
+    with all its bits turned in one that was dropped. It counts up over all rows ever written, attempts in its upper
+    bits: no two rows share one, whichever place they take. The last checksum is taken over the word of the committed
+    row too, so that no row is lost, or is back, because a byte of its word was changed.
 
-    The record before that of the first row begins with a number that changes whenever a row is dropped.
+    The record before that of the first row begins with a number that changes whenever a row is dropped, and with how
+    many records the file has, so that one that was cut can be told from one that has not grown.
 
     Args:
         path: the file.
@@ -65,6 +66,17 @@ class CommitFile(ColumnFile):
         """How often rows were dropped."""
         return int(self._front_words[0])
 
+    @property
+    def cut(self) -> bool:
+        """Whether the file is shorter than it was."""
+        return self.size() < self._front_words[1]
+
+    def note_room(self) -> None:
+        """Remember how long the file is."""
+        with self.path.open("r+b") as file:
+            file.seek(8)
+            file.write(struct.pack("q", self.size()))
+
     def word(self, place: int) -> int:
         """Return the word of a place."""
         return int(self._all_words[place * self.row_numel])
@@ -93,10 +105,9 @@ class CommitFile(ColumnFile):
 
     def drop(self, places: Tensor) -> None:
         """Say that these places hold no rows any more."""
-        words = -self.words[places].abs()
-        # the checksum first: of a kill in between it tells that the row was to go
-        self._halves[places, self._body_bytes // 4] = _as_int32(self._sums(places, words))
-        self.rows[places, 0] = words
+        # before and after: so readers look again whether a kill comes in between, or they do
+        self._front_words[0] = self.changes + 1
+        self.rows[places, 0] = ~self.words[places]
         self._front_words[0] = self.changes + 1
 
     def held(self, places: Tensor, words: Tensor) -> Tensor:
@@ -105,7 +116,7 @@ class CommitFile(ColumnFile):
 
     def gone(self, places: Tensor, words: Tensor) -> Tensor:
         """Return, for each place, whether the row of that word was dropped."""
-        return self._vouched(places, -words.abs())
+        return (words < 0) & self._vouched(places, ~words)
 
     def _vouched(self, places: Tensor, words: Tensor) -> Tensor:
         return self._sums(places, words) == _as_unsigned(self._halves[places, self._body_bytes // 4])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 from pathlib import Path
@@ -109,6 +111,8 @@ def _runs_at(base: Path) -> list[Path]:
 
 def delete_run(path: Path, manifest: Manifest) -> None:
     """Delete what the manifest lists, and nothing else."""
+    if not os.access(path, os.W_OK):  # before anything is deleted
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     # without its manifest the rest is no run any more, whenever this is interrupted: so that goes last
     for name in manifest.artifacts:
         for file in path.joinpath(name).glob("*"):

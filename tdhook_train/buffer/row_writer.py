@@ -63,9 +63,6 @@ class RowWriter(Rows):
             self._go_on()
         self._checks.own = self._next_word
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"{self.folder} has one writer: open the run for reading instead of copying what writes it")
-
     def _prepare(self) -> None:
         self.limit(self.entry)
         if not self.own:
@@ -92,8 +89,8 @@ class RowWriter(Rows):
         self._files.sweep(self._commits.words.tolist())
         self._let_go()
 
-    def _lose(self, column: Path) -> NoReturn:
-        raise DamagedError(f"{self._cut(column)}; growing it would write over them")
+    def _lose(self, what: str) -> NoReturn:
+        raise DamagedError(f"{what}; growing the file would write over them")
 
     # --- how much there may be
 
@@ -125,16 +122,20 @@ class RowWriter(Rows):
 
     def _let_go(self) -> None:
         kept = self._kept
-        if (over := len(self) - self._most) > 0:
+        while (over := len(self) - self._most) > 0:
             self.drop(self._victims(over))
         while kept.max_bytes is not None and self._files.keys and len(self) > 1 and self._bytes() > kept.max_bytes:
             self.drop(self._victims(1))
 
     def _victims(self, n: int) -> list[int]:
-        kept, (places, _) = self._kept, self.index()
-        # as they are, without looking at checksums: a damaged row must not stop the training
-        values = None if kept.key is None else self._columns[self._column_of(kept.key)].rows[places]
-        return kept.victims(n, self._commits.meta["meta", "step"][places], values)
+        kept, (places, words) = self._kept, self.index()
+        steps, values = self._commits.meta["meta", "step"][places], None
+        if kept.key is not None:
+            column = self._column_of(kept.key)
+            if bad := self._checks.values((column,), places, words):  # which must not stop the training: they go first
+                return torch.isin(places, bad[column]).nonzero()[:n, 0].tolist()
+            values = self._columns[column].rows[places]
+        return kept.victims(n, steps, values)
 
     def _bytes(self) -> int:
         return sum(file.path.stat().st_size for file in self._all_files() if file.row_bytes) + self._files.bytes()
@@ -149,9 +150,9 @@ class RowWriter(Rows):
         self._map()
 
     def _claim(self, capacity: int, before: int) -> None:
-        more = max(0, capacity - before)
-        what = f"no room for {more} more rows ({more * self.row_bytes} bytes) of {self.name!r}; what was written before"
-        with disk_errors(f"{what} is whole", self.folder):
+        more = capacity - before
+        what = f"{more} more rows ({more * self.row_bytes} bytes)" if more > 0 else "what the copied files left out"
+        with disk_errors(f"no room for {what} of {self.name!r}; what was written before is whole", self.folder):
             try:
                 for column in self._columns:
                     column.reserve(capacity)
@@ -160,6 +161,7 @@ class RowWriter(Rows):
                     column.give_back(before)
                 raise
             self._commits.reserve(capacity)
+        self._commits.note_room()
 
     # --- writing
 

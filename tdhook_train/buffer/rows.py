@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import RLock
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase
@@ -61,8 +61,11 @@ class Rows:
         self._prepare()
         self._map()
         self._count()
-        if (lost := self._lost()) is not None:
-            self._lose(lost)
+        if self._commits.cut:
+            self._lose(f"{self._commits.path} was cut: of the rows behind place {self.capacity} no record is left")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self.folder} is read where it lies: pass its path on, and open it there")
 
     def _prepare(self) -> None:
         """Make the files, where this begins them."""
@@ -78,17 +81,8 @@ class Rows:
 
     # --- which rows there are
 
-    def _lost(self) -> Path | None:
-        """Return a column that holds more rows than there are records, None if there is none."""
-        room = self._commits.size()
-        found = next((column.path for column in self._columns if column.used_behind(room)), None)
-        return found if self._commits.size() == room else None  # else a writer has grown them in the meantime
-
-    def _lose(self, column: Path) -> None:
-        warnings.warn(self._cut(column), DamagedWarning, stacklevel=3)
-
-    def _cut(self, column: Path) -> str:
-        return f"{self._commits.path} was cut: {column.name} holds rows of which no record is left"
+    def _lose(self, what: str) -> None:
+        warnings.warn(what, DamagedWarning, stacklevel=3)
 
     def _map(self) -> None:
         room = self._commits.size()

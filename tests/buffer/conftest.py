@@ -49,6 +49,7 @@ def forked():
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
+            torch.set_num_threads(1)  # OpenMP's threads do not live in a fork, which would wait for them
             try:
                 text = str(function())
             except BaseException as error:

@@ -160,6 +160,15 @@ def test_cut_or_lost_records_are_named_and_no_writer_begins_anew(run, fill, left
     assert contents(run) == before
 
 
+def test_lost_records_of_rows_of_zeros_are_named_too(path):
+    with ArtifactBuffer(path) as buffer:
+        for step in range(6):
+            buffer.append("a", {"x": torch.zeros(3), "y": torch.tensor(False)}, step=step)
+    os.truncate(path / "a" / "commits", 4 * RECORD)
+    with pytest.warns(DamagedWarning, match="commits"):
+        assert ArtifactBuffer.open(path)["a"].steps.tolist() == [0, 1, 2]
+
+
 def test_a_lost_schema_is_written_again_from_the_manifest_and_the_manifest_from_it(run, fill):
     schema, text = run / "probe" / "schema.json", (run / "probe" / "schema.json").read_text()
     schema.unlink()
@@ -216,11 +225,12 @@ def test_damaged_rows_do_not_stop_a_writer_with_a_limit(path, keep):
 
     with ArtifactBuffer(path, capacity=3, keep=keep) as buffer:
         add(buffer, range(20))
-    name, at, size = ("commits", RECORD + 8, RECORD) if keep == "newest" else ("000.score.column", 0, 4)
+    by_score = keep != "newest"  # the flip then makes the largest score of all
+    name, at, size = ("000.score.column", 0, 4) if by_score else ("commits", RECORD + 8, RECORD)
     data = (path / "a" / name).read_bytes()
-    value = struct.pack("q", 18) if keep == "newest" else struct.pack("f", 18)
+    value = struct.pack("f", 18) if by_score else struct.pack("q", 18)
     place = next(i for i in range(4) if data[at + i * size :].startswith(value))
-    with flipped(path / "a" / name, at + place * size, 0x40), warnings.catch_warnings():
+    with flipped(path / "a" / name, at + place * size + 3, 0x3C), warnings.catch_warnings():
         warnings.simplefilter("ignore", DamagedWarning)
         with ArtifactBuffer(path, resume=True) as buffer:
             add(buffer, range(20, 30))

@@ -54,7 +54,6 @@ def test_a_full_disk_loses_no_row_and_writing_goes_on_once_there_is_room(room, f
         return buffer.extend("a", TensorDict(rows, [at_once]))
 
     def until_full():
-        torch.set_num_threads(1)  # of the parent's threads none lives on in a fork
         little()
         buffer, step = ArtifactBuffer(path), 0
         try:
@@ -151,7 +150,6 @@ def test_a_copy_with_holes_on_a_full_disk_is_an_error_and_kills_nobody(path, sma
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 20_000))
 
     def resume():
-        torch.set_num_threads(1)
         buffer = ArtifactBuffer(copied, resume=True)
         for step in range(5, 8):
             buffer.append("a", row(step), step=step)
