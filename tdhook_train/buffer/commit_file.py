@@ -25,10 +25,10 @@ _META_FORMAT = "".join("d" if dtype == torch.float64 else "q" for dtype in META.
 class CommitFile(ColumnFile):
     """Records of a word, the row's meta, one CRC-32 a column and one over all of these.
 
-    The word is 0 in a place that was never used, ``BUSY`` in one that is being written, positive in a committed row, and
-    with all its bits turned in one that was dropped. It counts up over all rows ever written, attempts in its upper
-    bits: no two rows share one, whichever place they take. The last checksum is taken over the word of the committed
-    row too, so that no row is lost, or is back, because a byte of its word was changed.
+    The word is 0 in a place that was never used, ``BUSY`` in one that is being written, positive in a committed row,
+    and with all its bits turned in one that was dropped. It counts up over all rows ever written, attempts in its
+    upper bits: no two rows share one, whichever place they take. The last checksum is taken over the word of the
+    committed row too, so that no row is lost, or is back, because a byte of its word was changed.
 
     The record before that of the first row begins with a number that changes whenever a row is dropped, and with how
     many records the file has, so that one that was cut can be told from one that has not grown.
