@@ -175,8 +175,12 @@ class Artifact(Queries, TensorDictReplayBuffer):
         index = self.extend(data.unsqueeze(0))
         return int(index) if len(index) else -1
 
-    def extend(self, tensordicts: TensorDictBase) -> Tensor:
+    def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:  # noqa: ARG002
         """Commit several rows that hold their ``meta``, batch first; of the meta, all but the step may be left out.
+
+        Args:
+            tensordicts: the rows.
+            update_priority: taken as TorchRL takes it, but rows come in with the sampler's default priority.
 
         Returns:
             The positions of those that are kept, int64.

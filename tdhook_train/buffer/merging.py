@@ -70,9 +70,7 @@ def appearing(into: Path, *, overwrite: bool) -> Iterator[Path]:
     if before is not None and (others := folder.others(into, before)):
         raise RunExistsError(f"{into} holds other files beside its run ({others[0]}); choose another folder")
     lock = WriterLock(into) if before is not None else None
-    for left in into.parent.glob(f".{into.name}.*.partial"):  # by a process that was killed
-        if not _lives(int(left.name.split(".")[-2])):
-            shutil.rmtree(left, ignore_errors=True)
+    _sweep(into)
     partial = into.with_name(f".{into.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -89,6 +87,14 @@ def appearing(into: Path, *, overwrite: bool) -> Iterator[Path]:
     finally:
         if lock is not None:
             lock.release()
+
+
+def _sweep(into: Path) -> None:
+    """Delete what processes that were killed left half-merged."""
+    for left in into.parent.glob(f".{into.name}.*.partial"):
+        process = left.name.split(".")[-2]
+        if process.isdecimal() and not _lives(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _lives(process: int) -> bool:
@@ -145,8 +151,7 @@ def _declare(
 def _copy(source: Artifact, merged: ArtifactBuffer, name: str, first: int, bar: tqdm) -> None:
     for rows in source.in_parts(_AT_ONCE):
         # numbers that rows of a single run may hold say nothing here
-        rows["meta", "run"] = (
-            rows["meta", "run"] if source.runs else torch.zeros(len(rows), dtype=torch.int64)
-        ) + first
+        inner = rows["meta", "run"] if source.runs else torch.zeros(len(rows), dtype=torch.int64)
+        rows["meta", "run"] = inner + first
         merged.extend(name, rows)
         bar.update(len(rows))
