@@ -21,10 +21,11 @@ from tdhook_train.errors import (
     SettingsError,
     did_you_mean,
 )
+from tdhook_train.keys import path_of
 from tdhook_train.method import Method
 from tdhook_train.observer.measure import Row, Tick, measure, rows_of
 from tdhook_train.observer.meter import Meter
-from tdhook_train.observer.sources import On, Source, Sources
+from tdhook_train.observer.sources import Live, On, Source, Sources
 from tdhook_train.observer.subject import Subject
 from tdhook_train.schedule import Budget, Clock, Trigger
 from tdhook_train.undo import Undo
@@ -42,9 +43,9 @@ class Observer:
         methods: what to measure, by the name of its rows; several methods in a list share a row.
         when: which moments; see :mod:`tdhook_train.schedule`.
         into: an :class:`~tdhook_train.buffer.ArtifactBuffer`, or the folder to make one in.
-        on: ``"batch"`` (the one the training is about to use), a
-            :class:`~tdhook_train.observer.ProbeSet`, or several of these by name; rows of ``{"first": ...}`` are then
-            named ``probe.first``.
+        on: ``"batch"`` (the one the training is about to use), ``"collected"`` (the last one that :meth:`collected`
+            was told of, in the order of time), a :class:`~tdhook_train.observer.ProbeSet`, or several of these by name;
+            rows of ``{"first": ...}`` are then named ``probe.first``.
         budget: share of wall time that observing may take; ticks past it are skipped and the skip is recorded.
         seed: of what methods draw.
         on_error: an error of a method stops the training (``"raise"``), warns (``"warn"``) or is only recorded
@@ -90,7 +91,7 @@ class Observer:
         self._paused = 0
         self._closed = False
         self._measured_step: int | None = None
-        self._last_batch: TensorDictBase | None = None
+        self._live: dict[Live, TensorDictBase | None] = {}  # what may be measured on now
         self._previous: dict[str, TensorDictBase] = {}
         self._memo: dict[str, dict[str, dict[Any, Any]]] = {}
 
@@ -151,10 +152,22 @@ class Observer:
         clock.epoch = clock.epoch if epoch is None else epoch
         clock.batches += 1
         clock.seconds = self.meter.elapsed_s
-        self._last_batch = batch if self.sources.wants_batch else None
+        self._live["batch"] = batch if self.sources.wants("batch") else None
         due = not self._closed and not self._paused and self.when.due(clock)
         clock.asked()
         return due and self._tick(model)
+
+    def collected(self, batch: TensorDictBase, *, frames: int | None = None) -> None:
+        """Say what was just collected: what ``on="collected"`` is measured on, and how far the frames are.
+
+        Args:
+            batch: as a collector gives it, ``[time]`` or ``[environments, time]``; copied where it is measured on.
+            frames: environment frames so far; as many more as the batch holds, if None.
+        """
+        self.clock.frames = self.clock.frames + batch.numel() if frames is None else frames
+        if self.sources.wants("collected"):
+            private = [key for key in batch.keys(include_nested=True) if any(p[:1] == "_" for p in path_of(key))]
+            self._live["collected"] = batch.exclude(*private).detach().clone()
 
     def finish(self, *, step: int | None = None) -> bool:
         """Measure the last weights, unless they have been measured.
@@ -192,7 +205,7 @@ class Observer:
             self._closed = True
             self.undo.close()
             self.subject = None
-            self._last_batch = None
+            self._live.clear()
             self._memo.clear()
             self.buffer.close()
 
@@ -229,7 +242,7 @@ class Observer:
             return False
         by_method_s: dict[str, float] = {}
         try:
-            for name, source in self.sources.ready(self._last_batch, self.buffer.folder("probe_sets"), self._skip):
+            for name, source in self.sources.ready(self._live, self.buffer.folder("probe_sets"), self._skip):
                 rows, weights = self._measure(model, name, source)
                 for row in rows:
                     self._commit(row, name, source, weights)

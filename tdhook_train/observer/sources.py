@@ -1,4 +1,4 @@
-"""What a run is measured on: the batch in training, or probe sets, which a run keeps in its folder."""
+"""What a run is measured on: the batch in training, the last collected one, or probe sets, kept in its folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from torch import Tensor
 from tdhook_train.errors import KeyMissingError, SchemaError, SettingsError
 from tdhook_train.observer.probe_set import ProbeSet
 
-__all__ = ["On", "Source", "Sources"]
+__all__ = ["Live", "On", "Source", "Sources"]
 
-On = Literal["batch"] | ProbeSet | Mapping[str, Literal["batch"] | ProbeSet]
+Live = Literal["batch", "collected"]
+On = Live | ProbeSet | Mapping[str, Live | ProbeSet]
+
+_ASKED = {
+    "batch": "the batch: observer.step(model, batch, step=...)",
+    "collected": "what was collected: observer.collected(batch) for each batch of the collector",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Sources:
     """The batches an observer measures on, by name; one without a name has the empty one.
 
     Args:
-        on: ``"batch"``, a probe set, or several of these by name.
+        on: ``"batch"``, ``"collected"``, a probe set, or several of these by name.
 
     Raises:
         SettingsError: something else was given.
@@ -56,13 +62,18 @@ class Sources:
 
     def __init__(self, on: On) -> None:
         several = isinstance(on, Mapping) and not isinstance(on, TensorDictBase)  # a TensorDict is a Mapping too
-        self._named: dict[str, Literal["batch"] | ProbeSet] = dict(on) if several else {"": on}  # type: ignore[arg-type, dict-item]
+        self._named: dict[str, Live | ProbeSet] = dict(on) if several else {"": on}  # type: ignore[arg-type, dict-item]
         for name, source in self._named.items():
-            if source != "batch" and not isinstance(source, ProbeSet):
+            if not isinstance(source, ProbeSet) and not (isinstance(source, str) and source in _ASKED):
                 given = repr(source) if isinstance(source, str) else f"a {type(source).__name__}"
                 where = f" ({name!r})" if name else ""
-                raise SettingsError(f'on={given}{where} is neither "batch" nor a ProbeSet; see ProbeSet(td)')
-        self.wants_batch = "batch" in self._named.values()
+                raise SettingsError(
+                    f'on={given}{where} is neither "batch" nor "collected" nor a ProbeSet; see ProbeSet(td)'
+                )
+
+    def wants(self, live: Live) -> bool:
+        """Whether one of the sources is the batch in training, or the last collected one."""
+        return live in self._named.values()
 
     def agree_with(self, folder: Path) -> None:
         """Go on with the probe sets that a resumed run keeps: rows of different data are never mixed.
@@ -84,17 +95,17 @@ class Sources:
                 )
 
     def ready(
-        self, batch: TensorDictBase | None, folder: Path, skip: Callable[[str, str], None]
+        self, live: Mapping[Live, TensorDictBase | None], folder: Path, skip: Callable[[str, str], None]
     ) -> Iterator[tuple[str, Source]]:
         """Yield what can be measured on now; keep a probe set in the run's folder the first time.
 
         Args:
-            batch: the batch in training.
+            live: the batch in training, and the last collected one.
             folder: where probe sets are kept.
             skip: told why and what is not ready.
 
         Raises:
-            KeyMissingError: the batch in training is wanted, but was not given.
+            KeyMissingError: one of these is wanted, but was not given.
         """
         for name, source in self._probe_sets():
             if not source.ready:
@@ -103,12 +114,12 @@ class Sources:
             if not _file(folder, name).is_file():
                 source.save(_file(folder, name))
             yield name, Source.of(source)
-        for name in [name for name, source in self._named.items() if source == "batch"]:
-            if batch is None:
-                raise KeyMissingError('on="batch" needs the batch: observer.step(model, batch, step=...)')
+        for name, kind in [(name, source) for name, source in self._named.items() if not isinstance(source, ProbeSet)]:
+            if (batch := live.get(kind)) is None:
+                raise KeyMissingError(f'on="{kind}" needs {_ASKED[kind]}')
             now = ProbeSet(batch)
             # a minibatch is shuffled: its rows may look like blocks by chance, and are in no order of time
-            yield name, Source(now.td, now.fingerprint, now.groups)
+            yield name, Source(now.td, now.fingerprint, now.groups, ordered=kind == "collected" and now.ordered)
 
     def unready(self) -> list[ProbeSet]:
         """Return the probe sets that are not complete."""

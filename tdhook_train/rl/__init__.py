@@ -2,5 +2,6 @@
 
 from tdhook_train.isolation import networks
 from tdhook_train.rl.observed_loss import ObservedLoss, observe_loss
+from tdhook_train.rl.observer_hook import ObserverHook
 
-__all__ = ["ObservedLoss", "networks", "observe_loss"]
+__all__ = ["ObservedLoss", "ObserverHook", "networks", "observe_loss"]
