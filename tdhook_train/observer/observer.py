@@ -17,7 +17,6 @@ from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.errors import (
     ClosedError,
     NetworkError,
-    RunExistsError,
     SettingsError,
     did_you_mean,
 )
@@ -25,6 +24,7 @@ from tdhook_train.keys import path_of
 from tdhook_train.method import Method
 from tdhook_train.observer.measure import Row, Tick, measure, rows_of
 from tdhook_train.observer.meter import Meter
+from tdhook_train.observer.recorder import Recorder
 from tdhook_train.observer.sources import Live, On, Source, Sources
 from tdhook_train.observer.subject import Subject
 from tdhook_train.schedule import Budget, Clock, Trigger
@@ -50,6 +50,7 @@ class Observer:
         seed: of what methods draw.
         on_error: an error of a method stops the training (``"raise"``), warns (``"warn"``) or is only recorded
             (``"skip"``); in no case is a row half written.
+        loggers: TorchRL's or Lightning's, one or several, which are told the mean of each floating-point key.
         resume: go on in a folder that already holds a run.
         overwrite: replace the run in that folder.
 
@@ -72,6 +73,7 @@ class Observer:
         budget: Budget | None = None,
         seed: int = 0,
         on_error: Literal["raise", "warn", "skip"] = "raise",
+        loggers: Any = (),
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
@@ -83,6 +85,7 @@ class Observer:
         self.when, self.budget, self.seed, self.on_error = when, budget, seed, on_error
         self.sources = Sources(on)
         self.buffer = _opened(into, self.sources, resume=resume, overwrite=overwrite)
+        self._recorder = Recorder(self.buffer, self.methods, loggers)
         self.clock = Clock()
         self.meter = Meter()
         self.subject: Subject | None = None
@@ -92,7 +95,6 @@ class Observer:
         self._closed = False
         self._measured_step: int | None = None
         self._live: dict[Live, TensorDictBase | None] = {}  # what may be measured on now
-        self._previous: dict[str, TensorDictBase] = {}
         self._memo: dict[str, dict[str, dict[Any, Any]]] = {}
 
     # ------------------------------------------------------------------ what is observed
@@ -185,6 +187,11 @@ class Observer:
         self.clock.asked()
         return self._measured_step != self.clock.step and self._tick(self.subject.model, free=True)
 
+    @property
+    def scalars(self) -> dict[str, float]:
+        """What loggers were told last, by ``row/key``."""
+        return dict(self._recorder.scalars)
+
     def mark(self, label: str) -> None:
         """Put an event on every time axis, e.g. ``observer.mark("learning rate drop")``."""
         self._check_open()
@@ -228,14 +235,15 @@ class Observer:
         self.clock.load_state_dict(dict(state["clock"]))
         self._measured_step = state["measured_step"]
         self.steps_taken = state["steps_taken"]
-        self._previous.clear()
+        self._recorder.forget()
         self.buffer.truncate(after_step=self.clock.step)
 
     # ------------------------------------------------------------------ a tick
 
     def _tick(self, model: nn.Module, *, free: bool = False) -> bool:
         began = time.perf_counter()
-        self._refuse_going_back()
+        if not self.meter.ticks and self._measured_step is None:
+            self._recorder.refuse_going_back(self.clock.step)
         meter = self.meter
         if not free and self.budget and not self.budget.allows(meter.spent_s, meter.last_s, meter.training_s):
             self._skip("budget", f"{self.meter.share:.2%} of training time spent observing")
@@ -245,60 +253,23 @@ class Observer:
             for name, source in self.sources.ready(self._live, self.buffer.folder("probe_sets"), self._skip):
                 rows, weights = self._measure(model, name, source)
                 for row in rows:
-                    self._commit(row, name, source, weights)
+                    self._recorder.commit(row, name, source, self.clock.now, weights)
                     by_method_s[row.name] = by_method_s.get(row.name, 0.0) + row.cost_s
         finally:
             meter.add(time.perf_counter() - began, by_method_s, budgeted=self.budget is not None)
         if by_method_s:
             self._measured_step = self.clock.step
+            self._recorder.log(self.clock.step)
         return bool(by_method_s)
 
     def _measure(self, model: nn.Module, name: str, source: Source) -> tuple[list[Row], int]:
         if self.subject is None or self.subject.model is not model:
             self.attach(model)
         subject = cast(Subject, self.subject)
-        previous = {row: self._previous.get(self._row_name(row, name)) for row in self.methods}
-        tick = Tick(self.clock.now, self.seed, previous, self._memo.setdefault(name, {}) if source.fixed else {})
+        memo = self._memo.setdefault(name, {}) if source.fixed else {}
+        tick = Tick(self.clock.now, self.seed, self._recorder.previous(name), memo)
         with subject.view.open(seed=tick.generator("model").initial_seed()):
             return measure(subject, self.methods, source, tick, self._failed), subject.fingerprint()
-
-    def _commit(self, row: Row, source_name: str, source: Source, weights: int) -> None:
-        name = self._row_name(row.name, source_name)
-        values = row.measured.tensordict()
-        if name not in self.buffer and name not in self._previous:
-            self._declare(name, row)
-        self.buffer.append(
-            name,
-            values,
-            step=self.clock.step,
-            frames=self.clock.frames,
-            epoch=self.clock.epoch,
-            weights=weights,
-            data=source.fingerprint,
-            cost=row.cost_s,
-        )
-        self._previous[name] = values
-
-    def _declare(self, name: str, row: Row) -> None:
-        methods = self.methods[row.name]
-        labels = {dim: names for dim, names in row.measured.labels.items() if names}
-        legend = {key: dict(codes) for method in methods for key, codes in method.legend.items()}
-        settings = [method.settings() for method in methods]
-        self.buffer.declare(name, dims=row.measured.dims, coords=labels, settings=settings, legend=legend)
-
-    def _refuse_going_back(self) -> None:
-        """Refuse rows of a training that starts again beside those of the one before."""
-        if self.meter.ticks or self._measured_step is not None:
-            return
-        stored = max((int(self.buffer[name].steps[-1]) for name in self.buffer), default=-1)
-        if stored >= self.clock.step:
-            raise RunExistsError(
-                f"{self.buffer.path} holds rows up to step {stored}, but the training is at step {self.clock.step}: "
-                "restore the observer by load_state_dict() from the checkpoint, or start anew with overwrite=True"
-            )
-
-    def _row_name(self, row: str, source: str) -> str:
-        return f"{row}.{source}" if source else row
 
     def _skip(self, why: str, detail: str) -> None:
         self.buffer.note("skip", step=self.clock.step, frames=self.clock.frames, why=why, detail=detail)

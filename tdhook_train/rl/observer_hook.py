@@ -21,15 +21,19 @@ class ObserverHook(TrainerHookBase):
     ``on="collected"`` is its last batch, and after its loop the last weights are measured. The observer's state is
     saved and restored with the trainer's.
 
+    The scalars of the last tick go to the trainer's logger, after each batch whose frames pass its ``log_interval``.
+
     Args:
         observer: what to measure, when, and where to keep it.
+        log_pbar: show them in the trainer's progress bar as well.
 
     Example:
         ``ObserverHook(observer).register(trainer)``
     """
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, *, log_pbar: bool = False) -> None:
         self.observer = observer
+        self.log_pbar = log_pbar
         self._trainer: Trainer | None = None
 
     def register(self, trainer: Trainer, name: str = "observer") -> None:
@@ -53,6 +57,7 @@ class ObserverHook(TrainerHookBase):
         trainer.register_op("batch_process", self._collected)
         trainer.register_op("process_optim_batch", self._measure)
         trainer.register_op("post_optim", self._count)
+        trainer.register_op("post_steps_log", self._log)
         trainer.register_op("shutdown", self._finish)
         trainer.register_module(name, self)
         self._trainer = trainer
@@ -69,6 +74,10 @@ class ObserverHook(TrainerHookBase):
 
     def _count(self) -> None:
         self.observer.steps_taken = (self.observer.steps_taken or 0) + 1
+
+    def _log(self, _: TensorDictBase | None) -> dict[str, Any] | None:
+        found = self.observer.scalars
+        return found | {"log_pbar": self.log_pbar} if found else None
 
     def _finish(self) -> None:
         self.observer.finish()

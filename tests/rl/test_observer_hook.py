@@ -85,6 +85,22 @@ def test_training_ends_in_the_same_bits_and_every_due_step_has_a_row(observer):
     assert data[0] == data[1] != data[2] != data[3] == data[4] == data[5]  # one fingerprint a collected batch
 
 
+def test_scalars_go_to_the_trainers_logger(observer):
+    class Told:
+        def __init__(self):
+            self.lines = []
+
+        def log_scalar(self, name, value, step):
+            self.lines.append((name, value, step))
+
+    trainer = make_trainer(logger=Told(), log_interval=1)
+    ObserverHook(observer).register(trainer)
+    trainer.train()
+    told = [(value, step) for name, value, step in trainer.logger.lines if name == "rank/effective_rank"]
+    ranks = observer.buffer["rank"].series("effective_rank").mean(1).tolist()
+    assert told == [(pytest.approx(ranks[row]), step) for row, step in ((1, 200), (2, 400), (4, 600))]
+
+
 def test_a_loss_that_is_called_in_parts_is_observed_too(observer):
     trainer = make_trainer(optimization_stepper=Apart())
     ObserverHook(observer).register(trainer)
