@@ -52,7 +52,9 @@ class ProbeSet:
         self._wanted = groups
         self._td: TensorDictBase | None = None
         self._pending = _Pending(0)
+        self.shape: tuple[int, ...] = ()  # of the batch that was laid end to end
         if td is not None:
+            self.shape = tuple(td.batch_size)
             self._fix(_rows(td))
 
     @classmethod

@@ -35,6 +35,7 @@ class Source:
     independent: bool = False
     names: Mapping[NestedKey, list[str]] = field(default_factory=dict)
     fixed: bool = False  # the same at every tick
+    shape: tuple[int, ...] = ()  # of the batch, before its rows were laid end to end
 
     @classmethod
     def of(cls, probe_set: ProbeSet) -> Source:
@@ -47,6 +48,7 @@ class Source:
             probe_set.independent,
             probe_set.feature_names,
             fixed=True,
+            shape=probe_set.shape,
         )
 
 
@@ -119,7 +121,8 @@ class Sources:
                 raise KeyMissingError(f'on="{kind}" needs {_ASKED[kind]}')
             now = ProbeSet(batch)
             # a minibatch is shuffled: its rows may look like blocks by chance, and are in no order of time
-            yield name, Source(now.td, now.fingerprint, now.groups, ordered=kind == "collected" and now.ordered)
+            ordered = kind == "collected" and now.ordered
+            yield name, Source(now.td, now.fingerprint, now.groups, ordered=ordered, shape=now.shape)
 
     def unready(self) -> list[ProbeSet]:
         """Return the probe sets that are not complete."""

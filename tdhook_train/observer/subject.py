@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import nn
+from torch import Tensor, nn
 
 from tdhook_train.errors import NetworkError, SchemaError
 from tdhook_train.hooks import HookedModel
@@ -37,6 +37,7 @@ class Subject:
             for name, module in self.view.modules.items()
         }
         self.initial: dict[str, HookedModel] = {}
+        self._row_by_row: set[tuple[str, tuple[int, ...]]] = set()  # networks known to take rows one by one
 
     def remember_initial(self) -> None:
         """Take the present weights as those of the network at initialisation."""
@@ -69,6 +70,40 @@ class Subject:
             raise SchemaError(f"{path} holds networks {sorted(stored)}, the model has {sorted(self.initial)}")
         for name, hooked in self.initial.items():
             _weights(hooked.module).update_(TensorDict(stored[name]))
+
+    def refuse_time(self, name: str, batch: TensorDictBase, shape: tuple[int, ...]) -> None:
+        """Refuse a network that does not take rows one by one, but sequences: laid end to end, these are one.
+
+        One pass on the rows and one on the sequences, the first time.
+
+        Args:
+            name: of the network.
+            batch: ``[rows]``.
+            shape: of the batch they came in, ``[sequences, time]``.
+
+        Raises:
+            NetworkError: the network gives something else for sequences than for their rows.
+        """
+        if len(shape) < 2 or (name, shape) in self._row_by_row:
+            return
+        hooked, state = self.networks[name], torch.get_rng_state()
+        with torch.no_grad():
+            rows = hooked(batch)
+            torch.set_rng_state(state)
+            try:
+                whole = hooked(batch.reshape(shape)).reshape(-1)
+            except (RuntimeError, ValueError, IndexError):  # it takes no sequences
+                whole = rows
+            torch.set_rng_state(state)
+        for key in hooked.out_keys:
+            one, other = rows.get(key, None), whole.get(key, None)
+            comparable = isinstance(one, Tensor) and one.is_floating_point() and one.shape == other.shape
+            if comparable and not torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True):
+                raise NetworkError(
+                    f"{hooked.title} gives another {key!r} for sequences {list(shape)} than for their rows one by one: "
+                    "it handles time itself, which is not measured yet; leave it out with networks=..."
+                )
+        self._row_by_row.add((name, shape))
 
     def fingerprint(self) -> int:
         """Hash the weights and buffers that the networks hold now (inside ``view.open``)."""
