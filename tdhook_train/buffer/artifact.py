@@ -185,7 +185,10 @@ class Artifact(Queries, TensorDictReplayBuffer):
         Returns:
             The positions of those that are kept, int64.
         """
-        rows = with_meta(tensordicts, self._storage.name, self._run.attempt)
+        return self.extend_rows(with_meta(tensordicts, self._storage.name, self._run.attempt))
+
+    def extend_rows(self, rows: TensorDictBase) -> Tensor:
+        """Commit several rows with all of their meta, and return the positions of those that are kept."""
         if len(self.transform):
             rows = self.transform.inv(rows)
         with self._replay_lock:  # TorchRL's own would write the positions of all into the rows

@@ -10,15 +10,14 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from tdhook_train.buffer.row import Key
+from tdhook_train.buffer.row import Key, file_part
 
 __all__ = ["ColumnFile", "file_name", "sync"]
 
 
 def file_name(index: int, key: Key) -> str:
     """Return a column's file name: its number tells it apart, the rest is for people."""
-    readable = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in ".".join(key))
-    return f"{index:03d}.{readable[:80]}.column"
+    return f"{index:03d}.{file_part(key)}.column"
 
 
 class ColumnFile:
@@ -72,22 +71,33 @@ class ColumnFile:
             return True
 
     def reserve(self, capacity: int) -> None:
-        """Claim the blocks of ``capacity`` records, holes in what is there already included.
+        """Claim the blocks of ``capacity`` records.
 
         Raises:
             OSError: the disk is full. Under a mapping without blocks that would be a SIGBUS, which kills the training.
         """
-        if not self.row_bytes:
+        if capacity <= self.size() or not self.row_bytes:
             return
         start, end = self.path.stat().st_size, (self.lead + capacity) * self.row_bytes
         fd = os.open(self.path, os.O_RDWR)
         try:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(fd, 0, max(start, end))
-            elif end > start:  # macOS: written zeros are blocks too
+                os.posix_fallocate(fd, start, end - start)
+            else:  # macOS: written zeros are blocks too
                 _write_zeros(fd, start, end)
         finally:
             os.close(fd)
+
+    def fill_holes(self) -> None:
+        """Claim the blocks that a copy left out: writing into such a hole is as deadly as writing behind the end.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        size = self.path.stat().st_size
+        if size and hasattr(os, "posix_fallocate"):
+            with self.path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
 
     def used_behind(self, records: int) -> bool:
         """Return whether anything but zeros lies behind so many records."""

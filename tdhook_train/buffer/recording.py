@@ -162,7 +162,7 @@ class Recording(Run):
             if not len(rows):
                 return torch.empty(0, dtype=torch.int64, device="cpu")
             self._for_writing(name, flatten(rows[0].exclude("meta"), self._files_of(name)))
-        positions = self._artifacts[name].extend(rows)
+        positions = self._artifacts[name].extend_rows(rows)
         self._flusher.touch()
         return positions
 

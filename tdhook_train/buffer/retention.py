@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdhook_train.buffer.row import Key, as_key, show
+from tdhook_train.buffer.row import Key, as_key, key_name, show
 from tdhook_train.errors import SchemaError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Retention:
         if self.key is None:
             return
         if self.key not in columns:
-            hint = did_you_mean(".".join(self.key), map(".".join, columns))
+            hint = did_you_mean(key_name(self.key), map(key_name, columns))
             raise SchemaError(f"{of}: keep={self.keep!r} names no key of the row{hint}")
         if columns[self.key].shape not in ((), (1,)) or columns[self.key].dtype.is_complex:
             raise SchemaError(

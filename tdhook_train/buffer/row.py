@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdhook_train.errors import SchemaError, SettingsError
 
-__all__ = ["META", "Key", "RowMeta", "Value", "as_key", "flatten", "key_name", "show", "with_meta"]
+__all__ = ["META", "Key", "RowMeta", "Value", "as_key", "file_part", "flatten", "key_name", "show", "with_meta"]
 
 Key = tuple[str, ...]
 Value: TypeAlias = Tensor | TensorDictBase | bytes  # what is no tensor is kept in a file of its own
@@ -146,6 +146,11 @@ def show(key: Key) -> str | Key:
 def key_name(key: Key) -> str:
     """Return a key as one dotted name."""
     return ".".join(key)
+
+
+def file_part(key: Key) -> str:
+    """Return a key as part of a file name, for people: on every file system, and not too long."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in key_name(key))[:80]
 
 
 def flatten(artifacts: TensorDictBase | Mapping[Any, Any], files: Collection[Key] = ()) -> dict[Key, Value]:

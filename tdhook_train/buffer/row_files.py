@@ -14,7 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.buffer.column_file import sync
-from tdhook_train.buffer.row import Key, Value, key_name, show
+from tdhook_train.buffer.row import Key, Value, file_part, show
 from tdhook_train.errors import DamagedError, SchemaError
 
 __all__ = ["RowFiles"]
@@ -61,8 +61,7 @@ class RowFiles:
         return crc32(data)
 
     def _path(self, word: int, key: Key, *, raw: bool) -> Path:
-        readable = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in key_name(key))[:80]
-        return self.folder / f"{word:016x}.{self.keys.index(key)}.{readable}{'' if raw else '.pt'}"
+        return self.folder / f"{word:016x}.{self.keys.index(key)}.{file_part(key)}{'' if raw else '.pt'}"
 
     def read(self, word: int, key: Key, checksum: int) -> Value | None:
         """Return a value, None where the row was dropped.
@@ -96,9 +95,11 @@ class RowFiles:
                         self._bytes -= path.stat().st_size
                         path.unlink()
 
-    def sweep(self, words: Iterable[int]) -> None:
+    def sweep(self, words: Tensor) -> None:
         """Delete the files of all rows but these: what a killed writer left half-done."""
-        known, self._bytes = set(words) if self.keys else set(), 0
+        if not self.keys:
+            return
+        known, self._bytes = set(words.tolist()), 0
         for word, file in self._files():
             if word in known:
                 self._bytes += file.stat().st_size
@@ -108,7 +109,7 @@ class RowFiles:
             file.unlink()
 
     def _files(self) -> list[tuple[int, Path]]:
-        found = ((_NAME.fullmatch(file.name), file) for file in self.folder.iterdir()) if self.keys else ()
+        found = ((_NAME.fullmatch(file.name), file) for file in self.folder.iterdir())
         return [(int(match[1], 16), file) for match, file in found if match]
 
     def sync(self) -> None:

@@ -84,9 +84,12 @@ class RowWriter(Rows):
                     f"{column.path} was cut or is missing: it holds {len(column.rows)} of {used} rows; the others can "
                     "be read, and ArtifactBuffer.merge copies them to a new folder"
                 )
-        self._claim(0, self.capacity)  # a copied file may have holes, and writing into one kills where there is no room
+        with disk_errors(f"no room for what copied files of {self.name!r} left out", self.folder):
+            for file in self._all_files():
+                file.fill_holes()
+        self._commits.note_room()
         self._next_word = max(self._next_word, int(words.max()) + 1 if len(words) else 0)
-        self._files.sweep(self._commits.words.tolist())
+        self._files.sweep(self._commits.words)
         self._let_go()
 
     def _lose(self, what: str) -> NoReturn:
@@ -151,8 +154,8 @@ class RowWriter(Rows):
 
     def _claim(self, capacity: int, before: int) -> None:
         more = capacity - before
-        what = f"{more} more rows ({more * self.row_bytes} bytes)" if more > 0 else "what the copied files left out"
-        with disk_errors(f"no room for {what} of {self.name!r}; what was written before is whole", self.folder):
+        what = f"{more} more rows ({more * self.row_bytes} bytes) of {self.name!r}"
+        with disk_errors(f"no room for {what}; what was written before is whole", self.folder):
             try:
                 for column in self._columns:
                     column.reserve(capacity)
@@ -172,7 +175,7 @@ class RowWriter(Rows):
             yield
         except BaseException:
             self._count()
-            self._files.sweep(self._commits.words.tolist())
+            self._files.sweep(self._commits.words)
             raise
 
     def append(self, row: Mapping[Key, Any], meta: Sequence[float]) -> int:
@@ -195,7 +198,7 @@ class RowWriter(Rows):
             self._commits.commit(place, word, meta, sums)
             self._places.extend([place])
             self._let_go()
-        return len(self) - 1 if len(self) and self._last_word() == word else -1
+        return len(self) - 1 if self._commits.word(place) == word else -1
 
     def extend(self, values: Mapping[Key, Tensor], n: int) -> list[int]:
         """Commit ``n`` rows, given by key with their meta, rows first; a kill keeps the leading ones.
@@ -221,9 +224,6 @@ class RowWriter(Rows):
     def next_word(self) -> int:
         """The word that the next row will have."""
         return self._next_word
-
-    def _last_word(self) -> int:
-        return self._commits.word(int(self.places(torch.tensor(len(self) - 1))))
 
     def _take_words(self, n: int) -> int:
         word = self._next_word
