@@ -20,10 +20,10 @@ from tdhook_train.errors import (
     SettingsError,
     did_you_mean,
 )
-from tdhook_train.keys import path_of
 from tdhook_train.method import Method
 from tdhook_train.observer.measure import Row, Tick, measure, rows_of
 from tdhook_train.observer.meter import Meter
+from tdhook_train.observer.probe_set import copied
 from tdhook_train.observer.recorder import Recorder
 from tdhook_train.observer.sources import Live, On, Source, Sources
 from tdhook_train.observer.subject import Subject
@@ -168,8 +168,16 @@ class Observer:
         """
         self.clock.frames = self.clock.frames + batch.numel() if frames is None else frames
         if self.sources.wants("collected"):
-            private = [key for key in batch.keys(include_nested=True) if any(p[:1] == "_" for p in path_of(key))]
-            self._live["collected"] = batch.exclude(*private).detach().clone()
+            self._live["collected"] = copied(batch)
+
+    def count_steps(self) -> None:
+        """Begin to count optimizer steps, from the present one on, unless they are counted already."""
+        if self.steps_taken is None:  # else the observer goes on from a checkpoint
+            self.steps_taken = self.clock.step
+
+    def count_step(self, *_: Any) -> None:
+        """Count one optimizer step."""
+        self.steps_taken = (self.steps_taken or 0) + 1
 
     def finish(self, *, step: int | None = None) -> bool:
         """Measure the last weights, unless they have been measured.

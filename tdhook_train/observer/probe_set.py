@@ -18,7 +18,7 @@ from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.ops.folds import in_blocks
 from tdhook_train.undo import Undo
 
-__all__ = ["ProbeSet"]
+__all__ = ["ProbeSet", "copied"]
 
 _TRAJECTORY_KEYS: tuple[NestedKey, ...] = (("collector", "traj_ids"), "traj_ids")
 _DONE_KEYS: tuple[NestedKey, ...] = (("next", "done"), "done")
@@ -154,6 +154,12 @@ class ProbeSet:
         return cls(TensorDict(state["td"], batch_size=[rows]), groups=groups, feature_names=names)
 
 
+def copied(batch: TensorDictBase) -> TensorDictBase:
+    """Copy a batch of a collector, which may use its memory again; what it keeps for itself is left out."""
+    private = [key for key in batch.keys(include_nested=True) if any(p.startswith("_") for p in path_of(key))]
+    return batch.exclude(*private).detach().clone()
+
+
 class _Pending:
     """Batches on their way to becoming a probe set."""
 
@@ -189,8 +195,7 @@ class _Pending:
         self.undo.callback(put_back)
 
     def take(self, batch: TensorDictBase) -> None:
-        private = [key for key in batch.keys(include_nested=True) if any(p.startswith("_") for p in path_of(key))]
-        self._batches.append(batch.exclude(*private).detach().clone())
+        self._batches.append(copied(batch))
 
     def whole_trajectories(self) -> TensorDictBase:
         """Join the batches in time, keep the first frames, and drop trajectories that were cut off."""

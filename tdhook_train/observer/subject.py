@@ -15,6 +15,7 @@ from tdhook_train.hooks import HookedModel
 from tdhook_train.isolation import View, is_loss, isolated, private_copy, take_over
 from tdhook_train.ops.files import whole_file
 from tdhook_train.ops.fingerprint import fingerprint
+from tdhook_train.undo import devices_of, kept_rng
 
 __all__ = ["Subject"]
 
@@ -86,15 +87,15 @@ class Subject:
         """
         if len(shape) < 2 or (name, shape) in self._row_by_row:
             return
-        hooked, state = self.networks[name], torch.get_rng_state()
-        with torch.no_grad():
+        hooked = self.networks[name]
+        devices = devices_of(hooked.module.modules())
+        with torch.no_grad(), kept_rng(devices):
             rows = hooked(batch)
-            torch.set_rng_state(state)
+        with torch.no_grad(), kept_rng(devices):
             try:
                 whole = hooked(batch.reshape(shape)).reshape(-1)
             except (RuntimeError, ValueError, IndexError):  # it takes no sequences
                 whole = rows
-            torch.set_rng_state(state)
         for key in hooked.out_keys:
             one, other = rows.get(key, None), whole.get(key, None)
             comparable = isinstance(one, Tensor) and one.is_floating_point() and one.shape == other.shape

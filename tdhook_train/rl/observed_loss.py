@@ -40,7 +40,7 @@ class _Hook:
     def count(self, *_: Any) -> None:
         """Count one step of the optimizer."""
         if self.observer is not None:
-            self.observer.steps_taken = (self.observer.steps_taken or 0) + 1
+            self.observer.count_step()
 
     def __reduce__(self) -> tuple[Callable[..., _Hook], tuple[Any, ...]]:
         return _silent, ()
@@ -72,8 +72,7 @@ def observe_loss(loss: nn.Module, observer: Observer, *, optimizer: torch.optim.
         raise SettingsError(f"optimizer={optimizer!r} is no torch optimizer")
     observer.attach(loss)
     hook = _Hook(observer, counts_calls=optimizer is None)
-    if observer.steps_taken is None:  # else the observer goes on from a checkpoint
-        observer.steps_taken = observer.clock.step
+    observer.count_steps()
     with Undo() as undo:
         undo.hook(loss.register_forward_pre_hook(hook, with_kwargs=True))
         if optimizer is not None:

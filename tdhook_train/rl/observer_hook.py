@@ -52,11 +52,10 @@ class ObserverHook(TrainerHookBase):
         if not isinstance(trainer, Trainer):
             raise NetworkError(f"expected a TorchRL Trainer, got {type(trainer).__name__}")
         self.observer.attach(trainer.loss_module)
-        if self.observer.steps_taken is None:
-            self.observer.steps_taken = self.observer.clock.step
+        self.observer.count_steps()
         trainer.register_op("batch_process", self._collected)
         trainer.register_op("process_optim_batch", self._measure)
-        trainer.register_op("post_optim", self._count)
+        trainer.register_op("post_optim", self.observer.count_step)
         trainer.register_op("post_steps_log", self._log)
         trainer.register_op("shutdown", self._finish)
         trainer.register_module(name, self)
@@ -71,9 +70,6 @@ class ObserverHook(TrainerHookBase):
         observer = self.observer
         observer.step(self._trainer.loss_module, batch, step=observer.steps_taken, frames=self._frames())
         return batch
-
-    def _count(self) -> None:
-        self.observer.steps_taken = (self.observer.steps_taken or 0) + 1
 
     def _log(self, _: TensorDictBase | None) -> dict[str, Any] | None:
         found = self.observer.scalars
