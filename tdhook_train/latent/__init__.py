@@ -1,8 +1,9 @@
 """What layers know, which of their units carry a decision, and what moving them does."""
 
+from tdhook_train.latent.ablate import Ablate
 from tdhook_train.latent.activation_addition import ActivationAddition
 from tdhook_train.latent.activation_patching import ActivationPatching
 from tdhook_train.latent.ridge_probe import RidgeProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
 
-__all__ = ["ActivationAddition", "ActivationPatching", "RidgeProbe", "SteeringVectors"]
+__all__ = ["Ablate", "ActivationAddition", "ActivationPatching", "RidgeProbe", "SteeringVectors"]

@@ -18,7 +18,7 @@ from tdhook_train.keys import path_of
 from tdhook_train.method import Method, Seen, look
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.targets import explained, named
-from tdhook_train.ops.units import evenly_spaced, padded
+from tdhook_train.ops.units import evenly_spaced, padded, unit_axis
 
 __all__ = ["ActivationPatching"]
 
@@ -109,7 +109,7 @@ class ActivationPatching(Method):
     ) -> Tensor:
         """Return the metrics with the whole layer patched, then with each unit: ``[1 + unit, pair, target]``."""
         before, after = values
-        pairs, axis = len(before), _unit_axis(before)
+        pairs, axis = len(before), unit_axis(before)
         units = before.shape[axis] if before.ndim > 1 else 0
         found = []
         for chunk in torch.arange(units + 1).split(max(1, _ROWS_PER_PASS // pairs)):
@@ -138,10 +138,6 @@ class ActivationPatching(Method):
             sources = {key: value[index.roll(len(index) // 2)] for key, value in inputs.items()}
         bases = {key: value[index] for key, value in inputs.items()}
         return TensorDict(bases, batch_size=[len(index)]), TensorDict(sources, batch_size=[len(index)])
-
-
-def _unit_axis(value: Tensor) -> int:
-    return 1 if value.ndim == 4 else value.ndim - 1  # the channels of an image activation
 
 
 def _same_patch(model: HookedModel, sites: Sequence[str], inputs: TensorDict) -> dict[str, str]:

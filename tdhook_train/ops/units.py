@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["as_rows", "evenly_spaced", "padded"]
+__all__ = ["as_rows", "evenly_spaced", "padded", "unit_axis"]
+
+
+def unit_axis(value: Tensor) -> int:
+    """Say which dimension of an activation its units are along: the channels of an image, else the last."""
+    return 1 if value.ndim == 4 else value.ndim - 1
 
 
 def as_rows(value: Tensor) -> Tensor:
@@ -16,9 +21,10 @@ def as_rows(value: Tensor) -> Tensor:
     Units are the last dimension, and the channels of an image activation ``[batch, channel, height, width]``; every
     other position counts as a row.
     """
-    if value.ndim == 4:
-        value = value.movedim(1, -1)
-    return value.reshape(-1, 1) if value.ndim <= 1 else value.reshape(-1, value.shape[-1])
+    if value.ndim <= 1:
+        return value.reshape(-1, 1)
+    value = value.movedim(unit_axis(value), -1)
+    return value.reshape(-1, value.shape[-1])
 
 
 def padded(values: Sequence[Tensor], fill: float = torch.nan) -> Tensor:

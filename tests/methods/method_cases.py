@@ -11,7 +11,7 @@ from torch import nn
 from tdhook_train import Method, attribution, health, latent
 from tdhook_train.attribution import IntegratedGradients, Saliency
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank
-from tdhook_train.latent import ActivationAddition, ActivationPatching, RidgeProbe, SteeringVectors
+from tdhook_train.latent import Ablate, ActivationAddition, ActivationPatching, RidgeProbe, SteeringVectors
 
 PUBLIC = [getattr(family, name) for family in (attribution, health, latent) for name in family.__all__]
 
@@ -53,6 +53,13 @@ CASES = (
         {"layers": "0"},
         {},
         frozenset({("steer", "0"), ("steer", "1")}),
+    ),
+    Case(
+        Ablate,
+        {"layers": ("0", "1"), "units": (0, 2), "to": (0.5, -1.0)},
+        {"to": 0.0},
+        {"units": [(), (-1,), (0.5,)], "to": ["mean", (None,)]},
+        frozenset(),
     ),
     Case(
         SteeringVectors,
