@@ -80,6 +80,10 @@ class ClosedError(TdhookTrainError, RuntimeError):
     """Something was asked of a buffer or observer that is closed."""
 
 
+class WorkerError(TdhookTrainError, RuntimeError):
+    """The process that measures in the background failed."""
+
+
 class DamagedError(TdhookTrainError, ValueError):
     """What is stored is not what was written: a file was cut, lost or changed."""
 

@@ -3,9 +3,10 @@
 from tdhook_train.isolation.in_place import in_place
 from tdhook_train.isolation.networks import Network, is_loss, networks
 from tdhook_train.isolation.shadow import Shadow, private_copy, take_over
-from tdhook_train.isolation.view import LiveView, ShadowView, View, isolated
+from tdhook_train.isolation.view import CopiesView, LiveView, ShadowView, View, isolated
 
 __all__ = [
+    "CopiesView",
     "LiveView",
     "Network",
     "Shadow",

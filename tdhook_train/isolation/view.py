@@ -15,7 +15,7 @@ from tdhook_train.isolation.in_place import in_place, keep_rng
 from tdhook_train.isolation.networks import is_loss, networks
 from tdhook_train.isolation.shadow import Shadow
 
-__all__ = ["LiveView", "ShadowView", "View", "isolated"]
+__all__ = ["CopiesView", "LiveView", "ShadowView", "View", "isolated"]
 
 
 class View(Protocol):
@@ -33,23 +33,40 @@ class View(Protocol):
         """A context in which the modules hold the present weights and nothing done to them is seen outside."""
 
 
-class ShadowView:
+class CopiesView:
+    """Modules that nobody else has.
+
+    Args:
+        modules: by network name.
+        in_keys: what networks read that are no TensorDict modules.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], in_keys: Mapping[str, Sequence[NestedKey]] | None = None
+    ) -> None:
+        self.modules = modules
+        self.in_keys = in_keys or {}
+
+    @contextmanager
+    def open(self, seed: int) -> Iterator[None]:
+        """Let policies act by their mode, and draws follow from ``seed``."""
+        with keep_rng(self.modules.values(), seed), set_interaction_type(InteractionType.DETERMINISTIC):
+            yield
+
+
+class ShadowView(CopiesView):
     """Private copies of a loss's networks, given the live weights each time they are opened."""
 
     def __init__(self, loss: nn.Module) -> None:
         found = networks(loss)
         self._shadows = {name: Shadow(network) for name, network in found.items()}
-        self.in_keys = {name: network.in_keys for name, network in found.items() if network.in_keys is not None}
-
-    @property
-    def modules(self) -> Mapping[str, nn.Module]:
-        """The private copies by network name."""
-        return {name: shadow.module for name, shadow in self._shadows.items()}
+        in_keys = {name: network.in_keys for name, network in found.items() if network.in_keys is not None}
+        super().__init__({name: shadow.module for name, shadow in self._shadows.items()}, in_keys)
 
     @contextmanager
     def open(self, seed: int) -> Iterator[None]:
-        """Give the copies the present weights; policies act by their mode, and draws follow from ``seed``."""
-        with keep_rng(self.modules.values(), seed), set_interaction_type(InteractionType.DETERMINISTIC):
+        """Give the copies the present weights as well."""
+        with super().open(seed):
             for shadow in self._shadows.values():
                 shadow.refresh()
             yield

@@ -21,6 +21,8 @@ class Meter:
         self.last_s = 0.0
         self.ticks = 0
         self.by_method_s: dict[str, float] = defaultdict(float)
+        self.beside_s = 0.0  # spent by a process in the background, which is not counted above
+        self.dropped = 0  # ticks that it had no room for
         self._warned = False
 
     @property
@@ -38,13 +40,15 @@ class Meter:
         """Seconds observing for each second of training."""
         return self.spent_s / max(self.training_s, 1e-9)
 
-    def add(self, seconds: float, by_method_s: dict[str, float], *, budgeted: bool) -> None:
+    def more(self, seconds: float) -> None:
+        """Count time spent between ticks."""
+        self.spent_s += seconds
+
+    def add(self, seconds: float, *, budgeted: bool) -> None:
         """Count one tick, and warn once where observing has become dear and no budget bounds it."""
         self.spent_s += seconds
         self.last_s = seconds
         self.ticks += 1
-        for name, part in by_method_s.items():
-            self.by_method_s[name] += part
         if not budgeted and not self._warned and self.elapsed_s > _WARN_AFTER_S and self.share > _WARN_SHARE:
             self._warned = True
             warnings.warn(

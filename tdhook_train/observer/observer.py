@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from tensordict import TensorDictBase
 from torch import nn
@@ -21,16 +20,20 @@ from tdhook_train.errors import (
     did_you_mean,
 )
 from tdhook_train.method import Method
-from tdhook_train.observer.measure import Row, Tick, measure, rows_of
+from tdhook_train.observer.measure import rows_of
 from tdhook_train.observer.meter import Meter
 from tdhook_train.observer.probe_set import copied
 from tdhook_train.observer.recorder import Recorder
-from tdhook_train.observer.sources import Live, On, Source, Sources
+from tdhook_train.observer.sources import On, Sources
+from tdhook_train.observer.station import Station
 from tdhook_train.observer.subject import Subject
+from tdhook_train.observer.ticks import OnError, Ticks
 from tdhook_train.schedule import Budget, Clock, Trigger
 from tdhook_train.undo import Undo
 
 __all__ = ["Observer"]
+
+_WAITING = 8  # snapshots, in the background
 
 
 class Observer:
@@ -51,6 +54,10 @@ class Observer:
         on_error: an error of a method stops the training (``"raise"``), warns (``"warn"``) or is only recorded
             (``"skip"``); in no case is a row half written.
         loggers: TorchRL's or Lightning's, one or several, which are told the mean of each floating-point key.
+        background: measure snapshots in a process of its own while the training goes on: the same numbers, but rows
+            come later, and what is due when that many snapshots wait (8, if True) is skipped, which is noted.
+            An error of a method is raised by a later :meth:`step`. :meth:`finish`, :meth:`state_dict` and
+            :meth:`close` wait for what is under way.
         resume: go on in a folder that already holds a run.
         overwrite: replace the run in that folder.
 
@@ -72,8 +79,9 @@ class Observer:
         on: On = "batch",
         budget: Budget | None = None,
         seed: int = 0,
-        on_error: Literal["raise", "warn", "skip"] = "raise",
+        on_error: OnError = "raise",
         loggers: Any = (),
+        background: bool | int = False,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
@@ -82,20 +90,21 @@ class Observer:
             raise SettingsError(f"when={when!r} is no trigger; e.g. when=Every(optim_steps=100) | At(0)")
         if on_error not in ("raise", "warn", "skip"):
             raise SettingsError(f"on_error={on_error!r}{did_you_mean(on_error, ('raise', 'warn', 'skip'))}")
-        self.when, self.budget, self.seed, self.on_error = when, budget, seed, on_error
-        self.sources = Sources(on)
-        self.buffer = _opened(into, self.sources, resume=resume, overwrite=overwrite)
-        self._recorder = Recorder(self.buffer, self.methods, loggers)
+        if not isinstance(background, int) or background < 0:
+            raise SettingsError(f"background={background!r} is neither True, False nor how many snapshots may wait")
+        self.when = when
+        self._waiting = _WAITING if background is True else int(background)
+        sources = Sources(on)
+        self.buffer = _opened(into, sources, resume=resume, overwrite=overwrite)
+        recorder = Recorder(self.buffer, self.methods, loggers)
+        self._ticks = Ticks(Station(self.methods, seed), sources, recorder, budget, on_error)
         self.clock = Clock()
-        self.meter = Meter()
         self.subject: Subject | None = None
         self.steps_taken: int | None = None  # optimizer steps so far, where a front door counts them
         self.undo = Undo()  # what front doors put on models and optimizers, taken off by close()
         self._paused = 0
         self._closed = False
         self._measured_step: int | None = None
-        self._live: dict[Live, TensorDictBase | None] = {}  # what may be measured on now
-        self._memo: dict[str, dict[str, dict[Any, Any]]] = {}
 
     # ------------------------------------------------------------------ what is observed
 
@@ -117,13 +126,14 @@ class Observer:
             for method in methods:
                 method.check(subject.networks)
         self.subject = subject
-        self._memo.clear()
         stored = self.buffer.folder("initial") / "weights.pt"
         if stored.is_file():
             subject.load_initial(stored)
         else:
             subject.remember_initial()
             subject.save_initial(stored)
+        if self._waiting:
+            self._ticks.begin_in_background(subject, self._waiting)
 
     # ------------------------------------------------------------------ as training goes on
 
@@ -146,7 +156,7 @@ class Observer:
             epoch: likewise.
 
         Returns:
-            Whether rows were committed.
+            Whether rows were committed; in the background, whether they will be.
         """
         clock = self.clock
         clock.step = step if step is not None else clock.step + (clock.before is not None)
@@ -154,7 +164,8 @@ class Observer:
         clock.epoch = clock.epoch if epoch is None else epoch
         clock.batches += 1
         clock.seconds = self.meter.elapsed_s
-        self._live["batch"] = batch if self.sources.wants("batch") else None
+        self._ticks.live["batch"] = batch if self._ticks.sources.wants("batch") else None
+        self._ticks.take(clock.now)
         due = not self._closed and not self._paused and self.when.due(clock)
         clock.asked()
         return due and self._tick(model)
@@ -167,8 +178,8 @@ class Observer:
             frames: environment frames so far; as many more as the batch holds, if None.
         """
         self.clock.frames = self.clock.frames + batch.numel() if frames is None else frames
-        if self.sources.wants("collected"):
-            self._live["collected"] = copied(batch)
+        if self._ticks.sources.wants("collected"):
+            self._ticks.live["collected"] = copied(batch)
 
     def count_steps(self) -> None:
         """Begin to count optimizer steps, from the present one on, unless they are counted already."""
@@ -187,18 +198,25 @@ class Observer:
         """
         if self._closed or self.subject is None:
             return False
-        for source in self.sources.unready():
+        for source in self._ticks.sources.unready():
             warnings.warn(f"nothing was measured on {source!r}: it never became complete", stacklevel=2)
         counted = self.clock.step if self.steps_taken is None else self.steps_taken
         self.clock.step = counted if step is None else step
         self.clock.seconds = self.meter.elapsed_s
         self.clock.asked()
-        return self._measured_step != self.clock.step and self._tick(self.subject.model, free=True)
+        measured = self._measured_step != self.clock.step and self._tick(self.subject.model, free=True)
+        self._ticks.take(self.clock.now, wait=True)
+        return measured
+
+    @property
+    def meter(self) -> Meter:
+        """What observing costs."""
+        return self._ticks.meter
 
     @property
     def scalars(self) -> dict[str, float]:
         """What loggers were told last, by ``row/key``."""
-        return dict(self._recorder.scalars)
+        return dict(self._ticks.recorder.scalars)
 
     def mark(self, label: str) -> None:
         """Put an event on every time axis, e.g. ``observer.mark("learning rate drop")``."""
@@ -215,14 +233,22 @@ class Observer:
             self._paused -= 1
 
     def close(self) -> None:
-        """Take off every hook and let go of the model and the buffer. Safe to call twice."""
+        """Take off every hook, wait for rows from the background, and let go of the model and the buffer.
+
+        Safe to call twice.
+        """
         if not self._closed:
-            self._closed = True
-            self.undo.close()
-            self.subject = None
-            self._live.clear()
-            self._memo.clear()
-            self.buffer.close()
+            try:
+                self._ticks.take(self.clock.now, wait=True)
+            finally:
+                self._let_go()
+
+    def _let_go(self) -> None:
+        self._closed = True
+        self.undo.close()
+        self.subject = None
+        self._ticks.close()
+        self.buffer.close()
 
     def __enter__(self) -> Observer:
         return self
@@ -230,10 +256,14 @@ class Observer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        elif not self._closed:  # whoever interrupts a training does not wait for rows
+            self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint of the training."""
+        self._ticks.take(self.clock.now, wait=True)
         clock = self.clock.state_dict()
         return {"clock": clock, "measured_step": self._measured_step, "steps_taken": self.steps_taken}
 
@@ -243,51 +273,19 @@ class Observer:
         self.clock.load_state_dict(dict(state["clock"]))
         self._measured_step = state["measured_step"]
         self.steps_taken = state["steps_taken"]
-        self._recorder.forget()
+        self._ticks.take(self.clock.now, wait=True)
+        self._ticks.forget()
         self.buffer.truncate(after_step=self.clock.step)
 
-    # ------------------------------------------------------------------ a tick
-
     def _tick(self, model: nn.Module, *, free: bool = False) -> bool:
-        began = time.perf_counter()
         if not self.meter.ticks and self._measured_step is None:
-            self._recorder.refuse_going_back(self.clock.step)
-        meter = self.meter
-        if not free and self.budget and not self.budget.allows(meter.spent_s, meter.last_s, meter.training_s):
-            self._skip("budget", f"{self.meter.share:.2%} of training time spent observing")
-            return False
-        by_method_s: dict[str, float] = {}
-        try:
-            for name, source in self.sources.ready(self._live, self.buffer.folder("probe_sets"), self._skip):
-                rows, weights = self._measure(model, name, source)
-                for row in rows:
-                    self._recorder.commit(row, name, source, self.clock.now, weights)
-                    by_method_s[row.name] = by_method_s.get(row.name, 0.0) + row.cost_s
-        finally:
-            meter.add(time.perf_counter() - began, by_method_s, budgeted=self.budget is not None)
-        if by_method_s:
-            self._measured_step = self.clock.step
-            self._recorder.log(self.clock.step)
-        return bool(by_method_s)
-
-    def _measure(self, model: nn.Module, name: str, source: Source) -> tuple[list[Row], int]:
+            self._ticks.recorder.refuse_going_back(self.clock.step)
         if self.subject is None or self.subject.model is not model:
             self.attach(model)
-        subject = cast(Subject, self.subject)
-        memo = self._memo.setdefault(name, {}) if source.fixed else {}
-        tick = Tick(self.clock.now, self.seed, self._recorder.previous(name), memo)
-        with subject.view.open(seed=tick.generator("model").initial_seed()):
-            return measure(subject, self.methods, source, tick, self._failed), subject.fingerprint()
-
-    def _skip(self, why: str, detail: str) -> None:
-        self.buffer.note("skip", step=self.clock.step, frames=self.clock.frames, why=why, detail=detail)
-
-    def _failed(self, row: str, error: Exception) -> None:
-        self.buffer.note("error", step=self.clock.step, row=row, error=f"{type(error).__name__}: {error}")
-        if self.on_error == "raise":
-            raise error
-        if self.on_error == "warn":
-            warnings.warn(f"measuring {row!r} at step {self.clock.step} failed: {error}", stacklevel=2)
+        measured = self._ticks.measure(cast(Subject, self.subject), self.clock.now, free=free)
+        if measured:
+            self._measured_step = self.clock.step
+        return measured
 
     def _check_open(self) -> None:
         if self._closed:

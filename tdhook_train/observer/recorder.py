@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 
 from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.errors import RunExistsError, SettingsError
 from tdhook_train.keys import dotted
 from tdhook_train.method import Method
 from tdhook_train.observer.measure import Row
-from tdhook_train.observer.sources import Source
+from tdhook_train.observer.station import Measurement
 from tdhook_train.ops.join import Measured
-from tdhook_train.schedule import Times
 
 __all__ = ["Recorder", "scalars"]
 
@@ -37,37 +35,27 @@ class Recorder:
         self.scalars: dict[str, float] = {}  # of the last tick
         self._methods = methods
         self._loggers = list(loggers) if isinstance(loggers, (list, tuple)) else [loggers]
-        self._previous: dict[str, TensorDictBase] = {}
         for logger in self._loggers:
             if not callable(getattr(logger, "log_metrics", None)):
                 raise SettingsError(
                     f"loggers={logger!r} is no logger: those of TorchRL and Lightning have log_metrics(metrics, step)"
                 )
 
-    def previous(self, source: str) -> dict[str, TensorDictBase | None]:
-        """Return each row of the tick before, on one source."""
-        return {row: self._previous.get(_name(row, source)) for row in self._methods}
-
-    def forget(self) -> None:
-        """Forget the tick before, as going back to a checkpoint needs."""
-        self._previous.clear()
-
-    def commit(self, row: Row, source_name: str, source: Source, now: Times, weights: int) -> None:
-        """Commit a row."""
-        name, values = _name(row.name, source_name), row.measured.tensordict()
-        if name not in self.buffer and name not in self._previous:
+    def commit(self, row: Row, found: Measurement) -> None:
+        """Commit a row of what was measured."""
+        name = f"{row.name}.{found.source}" if found.source else row.name
+        if name not in self.buffer:
             self._declare(name, row)
         self.buffer.append(
             name,
-            values,
-            step=now.step,
-            frames=now.frames,
-            epoch=now.epoch,
-            weights=weights,
-            data=source.fingerprint,
+            row.measured.tensordict(),
+            step=found.now.step,
+            frames=found.now.frames,
+            epoch=found.now.epoch,
+            weights=found.weights,
+            data=found.data,
             cost=row.cost_s,
         )
-        self._previous[name] = values
         self.scalars |= scalars(name, row.measured)
 
     def _declare(self, name: str, row: Row) -> None:
@@ -108,7 +96,3 @@ def scalars(name: str, measured: Measured) -> dict[str, float]:
             if mean == mean:
                 means[f"{name}/{dotted(key)}"] = mean
     return means
-
-
-def _name(row: str, source: str) -> str:
-    return f"{row}.{source}" if source else row

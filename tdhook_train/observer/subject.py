@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from tdhook_train.errors import NetworkError, SchemaError
 from tdhook_train.hooks import HookedModel
-from tdhook_train.isolation import View, is_loss, isolated, private_copy, take_over
+from tdhook_train.isolation import CopiesView, View, is_loss, isolated, private_copy, take_over
 from tdhook_train.ops.files import whole_file
 from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.undo import devices_of, kept_rng
@@ -39,6 +40,24 @@ class Subject:
         }
         self.initial: dict[str, HookedModel] = {}
         self._row_by_row: set[tuple[str, tuple[int, ...]]] = set()  # networks known to take rows one by one
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process needs: private copies of the networks, which hold what :meth:`take` gave them."""
+        copies = {name: private_copy(hooked.module) for name, hooked in self.networks.items()}
+        networks = {
+            name: HookedModel(copies[name], hooked.in_keys, hooked.out_keys, name=name)
+            for name, hooked in self.networks.items()
+        }
+        return vars(self) | {"model": None, "view": CopiesView(copies), "networks": networks}
+
+    def weights(self) -> dict[str, TensorDictBase]:
+        """Return the weights and buffers that the networks hold now (inside ``view.open``), not copied."""
+        return {name: _weights(hooked.module) for name, hooked in self.networks.items()}
+
+    def take(self, weights: Mapping[str, TensorDictBase]) -> None:
+        """Give private copies in another process the weights and buffers to be measured with."""
+        for name, hooked in self.networks.items():
+            take_over(hooked.module, weights[name])
 
     def remember_initial(self) -> None:
         """Take the present weights as those of the network at initialisation."""
@@ -108,8 +127,7 @@ class Subject:
 
     def fingerprint(self) -> int:
         """Hash the weights and buffers that the networks hold now (inside ``view.open``)."""
-        every: Mapping[str, TensorDictBase] = {n or "model": _weights(h.module) for n, h in self.networks.items()}
-        return fingerprint(TensorDict(dict(every)))
+        return fingerprint(TensorDict({name or "model": held for name, held in self.weights().items()}))
 
 
 def _weights(module: nn.Module) -> TensorDictBase:

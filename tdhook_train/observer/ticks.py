@@ -1,0 +1,154 @@
+"""What happens when a tick is due: on what, here or in the background, and what becomes of the rows."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable
+from typing import Literal
+
+from tensordict import TensorDictBase
+
+from tdhook_train.errors import WorkerError
+from tdhook_train.observer.background import Background
+from tdhook_train.observer.meter import Meter
+from tdhook_train.observer.recorder import Recorder
+from tdhook_train.observer.sources import Live, Source, Sources
+from tdhook_train.observer.station import Measurement, Station
+from tdhook_train.observer.subject import Subject
+from tdhook_train.observer.worker import Outcome
+from tdhook_train.schedule import Budget, Times
+
+__all__ = ["OnError", "Ticks"]
+
+OnError = Literal["raise", "warn", "skip"]
+
+
+class Ticks:
+    """Measures, here or in the background, and commits; what is skipped or fails is noted in the run.
+
+    Args:
+        station: what measures.
+        sources: on what.
+        recorder: where rows go.
+        budget: share of wall time that observing may take.
+        on_error: what an error of a method does to the training.
+    """
+
+    def __init__(
+        self, station: Station, sources: Sources, recorder: Recorder, budget: Budget | None, on_error: OnError
+    ) -> None:
+        self.station = station
+        self.sources = sources
+        self.recorder = recorder
+        self.budget = budget
+        self.on_error = on_error
+        self.meter = Meter()
+        self.live: dict[Live, TensorDictBase | None] = {}  # what may be measured on now
+        self._worker: Background | None = None
+        self._folder = recorder.buffer.folder("probe_sets")
+
+    def begin_in_background(self, subject: Subject, waiting: int) -> None:
+        """Measure in a process of its own from now on."""
+        self._worker = Background(subject, self.station.methods, self.station.seed, waiting)
+
+    def measure(self, subject: Subject, now: Times, *, free: bool = False) -> bool:
+        """Measure a model, or hand it over to be measured.
+
+        Args:
+            subject: the model.
+            now: the moment.
+            free: whatever the budget and however many wait.
+
+        Returns:
+            Whether rows were committed, or will be.
+        """
+        meter, began = self.meter, time.perf_counter()
+        if not free and self.budget and not self.budget.allows(meter.spent_s, meter.last_s, meter.training_s):
+            self._skip(now, "budget", f"{meter.share:.2%} of training time spent observing")
+            return False
+        try:
+            ready = self.sources.ready(self.live, self._folder, lambda *why: self._skip(now, *why))
+            if self._worker is None:
+                return self._here(subject, now, ready)
+            return self._beside(self._worker, subject, now, list(ready), free=free)
+        finally:
+            meter.add(time.perf_counter() - began, budgeted=self.budget is not None)
+
+    def _here(self, subject: Subject, now: Times, ready: Iterable[tuple[str, Source]]) -> bool:
+        committed = False
+        for name, source in ready:
+            found = self.station.measure(subject, now, name, source, lambda *why: self._failed(now, *why))
+            committed |= self._commit(found)
+        if committed:
+            self.recorder.log(now.step)
+        return committed
+
+    def _beside(
+        self, worker: Background, subject: Subject, now: Times, ready: list[tuple[str, Source]], *, free: bool
+    ) -> bool:
+        try:
+            handed = bool(ready) and worker.hand_over(subject, now, ready, wait=free)
+        except WorkerError as error:
+            self._failed(now, "background", error)
+            return False
+        if ready and not handed:
+            self.meter.dropped += 1
+            self._skip(now, "background", "the process that measures is behind")
+        return handed
+
+    def take(self, now: Times, *, wait: bool = False) -> None:
+        """Commit what was measured in the background by now.
+
+        Args:
+            now: the moment.
+            wait: for everything that was handed over.
+        """
+        if self._worker is None or not (self._worker.busy or wait):
+            return
+        began = time.perf_counter()
+        try:
+            self._worker.collect(wait=wait)
+        except WorkerError as error:
+            self._failed(now, "background", error)
+        finally:
+            while self._worker.inbox:
+                self._settle(self._worker.inbox.popleft())
+            self.meter.more(time.perf_counter() - began)
+
+    def _settle(self, outcome: Outcome) -> None:
+        self.meter.beside_s += outcome.seconds
+        committed = [self._commit(found) for found in outcome.measurements]
+        if any(committed):
+            self.recorder.log(outcome.now.step)
+        for failure in outcome.failures:
+            self._failed(outcome.now, failure.row, failure.error or WorkerError(failure.message))
+
+    def forget(self) -> None:
+        """Forget the ticks before, as going back to a checkpoint needs."""
+        self.station.forget()
+        if self._worker is not None:
+            self._worker.forget()
+
+    def close(self) -> None:
+        """Let go of batches, and end the process in the background, whatever it does."""
+        if self._worker is not None:
+            self._worker.close()
+        self.live.clear()
+        self.forget()
+
+    def _commit(self, found: Measurement) -> bool:
+        for row in found.rows:
+            self.recorder.commit(row, found)
+            self.meter.by_method_s[row.name] += row.cost_s
+        return bool(found.rows)
+
+    def _skip(self, now: Times, why: str, detail: str) -> None:
+        self.recorder.buffer.note("skip", step=now.step, frames=now.frames, why=why, detail=detail)
+
+    def _failed(self, now: Times, row: str, error: Exception) -> None:
+        self.recorder.buffer.note("error", step=now.step, row=row, error=f"{type(error).__name__}: {error}")
+        if self.on_error == "raise":
+            raise error
+        if self.on_error == "warn":
+            warnings.warn(f"measuring {row!r} at step {now.step} failed: {error}", stacklevel=2)

@@ -1,0 +1,148 @@
+"""The process that measures beside a training: it is told weights and batches, and tells what it measured."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+
+import torch
+from tensordict import TensorDictBase
+
+from tdhook_train.observer.measure import Rows
+from tdhook_train.observer.sources import Source
+from tdhook_train.observer.station import Measurement, Station
+from tdhook_train.observer.subject import Subject
+from tdhook_train.schedule import Times
+
+__all__ = ["BEGUN", "Failure", "Job", "Outcome", "Start", "main"]
+
+BEGUN = b""  # what a worker says when it runs, and again when it has taken its start; then an outcome a job
+
+_LOOK_FOR_PARENT_S = 2.0
+_NICENESS = 10  # the training goes first
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a worker needs to know once.
+
+    Args:
+        subject: what is observed; pickled, it is private copies of the networks.
+        methods: of each row.
+        seed: of what methods draw.
+        threads: of torch: sums over many values come out differently with another number.
+        dtype: what torch makes of Python's numbers.
+        precision: of float32 products, as torch names it.
+        deterministic: whether torch is asked for deterministic algorithms.
+    """
+
+    subject: Subject
+    methods: Rows
+    seed: int
+    threads: int = field(default_factory=torch.get_num_threads)
+    dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+    precision: str = field(default_factory=torch.get_float32_matmul_precision)
+    deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
+
+    def station(self) -> Station:
+        """Compute as the training's process does, and give what measures."""
+        torch.set_num_threads(self.threads)
+        torch.set_default_dtype(self.dtype)
+        torch.set_float32_matmul_precision(self.precision)
+        torch.use_deterministic_algorithms(self.deterministic)
+        return Station(self.methods, self.seed)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tick: the moment, the weights of then, and the batches; one that was sent before is None.
+
+    ``forget`` asks to forget the ticks before first, as going back to a checkpoint needs.
+    """
+
+    now: Times
+    weights: Mapping[str, TensorDictBase]
+    sources: Sequence[tuple[str, Source | None]]
+    forget: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A row that was not measured, and why; the error itself where it can be sent."""
+
+    row: str
+    message: str
+    error: Exception | None
+
+
+@dataclass
+class Outcome:
+    """What became of a job."""
+
+    now: Times
+    measurements: list[Measurement] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def failed(self, row: str, error: Exception) -> None:
+        """Note an error of a method."""
+        self.failures.append(Failure(row, f"{type(error).__name__}: {error}", error))
+
+    def written(self) -> bytes:
+        """Write it down; an error that cannot be written goes as its text."""
+        try:
+            message = pickle.dumps(self)
+            pickle.loads(message)  # some exceptions can be written, but not read
+        except Exception:  # whatever pickling somebody's exception raises
+            self.failures = [Failure(failure.row, failure.message, None) for failure in self.failures]
+            return pickle.dumps(self)
+        return message
+
+
+def main(handle: int) -> None:
+    """Measure what comes in until the other end is closed.
+
+    Args:
+        handle: of the socket to the training.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C means the training, which closes the socket
+    os.nice(_NICENESS)
+    parent = os.getppid()
+    with Connection(handle) as training:
+        training.send_bytes(BEGUN)
+        if (message := _next(training, parent)) is None:
+            return
+        start: Start = pickle.loads(message)
+        station, sources = start.station(), dict[str, Source]()
+        training.send_bytes(BEGUN)
+        while (message := _next(training, parent)) is not None:
+            training.send_bytes(_served(pickle.loads(message), start.subject, station, sources).written())
+
+
+def _next(training: Connection, parent: int) -> bytes | None:
+    try:
+        while not training.poll(_LOOK_FOR_PARENT_S):
+            if os.getppid() != parent:  # other children of a killed training may hold its end of the socket open
+                return None
+        return training.recv_bytes()
+    except (EOFError, ConnectionError):
+        return None
+
+
+def _served(job: Job, subject: Subject, station: Station, sources: dict[str, Source]) -> Outcome:
+    began, outcome = time.perf_counter(), Outcome(job.now)
+    if job.forget:
+        station.forget()
+    subject.take(job.weights)
+    for name, sent in job.sources:
+        source = sources[name] if sent is None else sent
+        if source.fixed:
+            sources[name] = source
+        outcome.measurements.append(station.measure(subject, job.now, name, source, outcome.failed))
+    outcome.seconds = time.perf_counter() - began
+    return outcome
