@@ -5,13 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tdhook_train.edit import Edit, Rewrite
 from tdhook_train.hooks import HookedModel
-from tdhook_train.method import Edit, Method, Seen
+from tdhook_train.method import Method, Seen
 from tdhook_train.schedule import At, Budget, Every, Geometric, When
 
 if TYPE_CHECKING:
     from tdhook_train.buffer import ArtifactBuffer
-    from tdhook_train.observer import Observer, ProbeSet
+    from tdhook_train.observer import LiveEdit, Observer, ProbeSet
 
 __version__ = "0.1.0"
 
@@ -23,9 +24,11 @@ __all__ = [
     "Every",
     "Geometric",
     "HookedModel",
+    "LiveEdit",
     "Method",
     "Observer",
     "ProbeSet",
+    "Rewrite",
     "Seen",
     "When",
 ]
@@ -33,6 +36,7 @@ __all__ = [
 # these bring torchrl along, which takes seconds to import: loaded on first use
 _LATER = {
     "ArtifactBuffer": "tdhook_train.buffer",
+    "LiveEdit": "tdhook_train.observer",
     "Observer": "tdhook_train.observer",
     "ProbeSet": "tdhook_train.observer",
 }

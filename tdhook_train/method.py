@@ -21,7 +21,7 @@ from tdhook_train.ops.join import Labels, Measured, join, overlaid
 from tdhook_train.ops.targets import given_by, named, refuse_unknown
 from tdhook_train.schedule import Times
 
-__all__ = ["Edit", "Method", "Part", "Parts", "Prepared", "Seen", "inputs_below", "look"]
+__all__ = ["Method", "Part", "Parts", "Prepared", "Seen", "inputs_below", "look"]
 
 
 _T = TypeVar("_T")
@@ -220,15 +220,6 @@ class Method(ABC):
         self.check({"": hooked})
         with hooked.edited(self.edits(hooked)):
             yield Prepared(self, hooked)
-
-
-@dataclass(frozen=True)
-class Edit(Method):
-    """A method that changes what a model computes as long as it is prepared, and measures nothing."""
-
-    def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:  # noqa: ARG002 - there is nothing to measure
-        """Add nothing: the outputs of the changed model are there already."""
-        return TensorDict({}, batch_size=[])
 
 
 class Prepared:

@@ -13,7 +13,7 @@ from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
-from tdhook_train.ops.units import as_rows, padded
+from tdhook_train.ops.units import dormancy, padded
 
 __all__ = ["DormantUnits"]
 
@@ -57,8 +57,6 @@ class DormantUnits(Method):
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Score every unit."""
-        rows = [as_rows(seen.values[site]) for site in self.taps(model)]
-        activity = [torch.linalg.vector_norm(value, ord=1, dim=0) / len(value) for value in rows]
-        scores = [a / a.mean() if a.any() else torch.zeros_like(a) for a in activity]
+        scores = [dormancy(seen.values[site]) for site in self.taps(model)]
         shares = [torch.stack([(score <= tau).float().mean() for tau in self.taus]) for score in scores]
         return TensorDict({"dormant": torch.stack(shares), "dormancy": padded(scores)}, batch_size=[])

@@ -154,13 +154,13 @@ class HookedModel:
             SetterError: at the end of a block in which the model ran, an edit whose module never did.
         """
         placed = {selector: setters_at(self, selector, value, call="all") for selector, value in edits.items()}
-        ran: list[None] = []
+        ran: set[bool] = set()
         with Undo() as undo:
             handles = undo.hooks()
             if edits:
                 undo.enter_context(torch.compiler.set_stance("force_eager"))  # also of what was compiled around it
                 undo.enter_context(layer_by_layer(attends=self._fused[0], recurs=False))
-                handles.append(self.module.register_forward_pre_hook(lambda *_: ran.append(None)))
+                handles.append(self.module.register_forward_pre_hook(lambda *_: ran.add(True)))
             for module, setter in (pair for pairs in placed.values() for pair in pairs):
                 handles.append(place(module, "output", [setter]))
             yield

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tdhook_train.edit import Edit
 from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.hooks.paths import Selector, selectors
-from tdhook_train.method import Edit
 from tdhook_train.ops.units import unit_axis
 
 __all__ = ["Ablate"]

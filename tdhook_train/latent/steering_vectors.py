@@ -9,10 +9,10 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from tdhook_train.edit import Edit
 from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel, Selection, Site
 from tdhook_train.hooks.paths import Selector, parse, selectors
-from tdhook_train.method import Edit
 
 __all__ = ["SteeringVectors"]
 

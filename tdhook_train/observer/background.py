@@ -10,7 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 import cloudpickle
@@ -19,8 +19,7 @@ from tdhook_train.errors import NetworkError, WorkerError
 from tdhook_train.observer.measure import Rows
 from tdhook_train.observer.sources import Source
 from tdhook_train.observer.subject import Subject
-from tdhook_train.observer.worker import BEGUN, Job, Outcome, Start
-from tdhook_train.schedule import Times
+from tdhook_train.observer.worker import BEGUN, Due, Job, Outcome, Start
 
 __all__ = ["Background"]
 
@@ -68,13 +67,12 @@ class Background:
         """Whether there is something to exchange."""
         return self._due or bool(self._outbox) or bool(self.inbox)
 
-    def hand_over(self, subject: Subject, now: Times, sources: Sequence[tuple[str, Source]], *, wait: bool) -> bool:
+    def hand_over(self, subject: Subject, due: Due, *, wait: bool) -> bool:
         """Take a snapshot, to be measured when its turn comes.
 
         Args:
             subject: its weights are those of now.
-            now: the moment.
-            sources: on what.
+            due: what is to be measured.
             wait: for room, rather than refuse.
 
         Returns:
@@ -89,7 +87,8 @@ class Background:
         if self._full:
             return False
         with subject.view.open(seed=0):
-            job = Job(now, subject.weights(), [(n, self._unless_sent(n, s)) for n, s in sources], self._forget)
+            sources = [(name, self._unless_sent(name, source)) for name, source in due.sources]
+            job = Job(replace(due, sources=sources), subject.weights(), self._forget)
             self._outbox.append(pickle.dumps(job))
         self._forget = False
         self._exchange(wait=False)
@@ -99,8 +98,10 @@ class Background:
     def _full(self) -> bool:
         return len(self._outbox) >= self._waiting + (self._begun < 1)  # the start is among them
 
-    def _unless_sent(self, name: str, source: Source) -> Source | None:
-        if source.fixed and self._fixed.get(name) == source.fingerprint:
+    def _unless_sent(self, name: str, source: Source | None) -> Source | None:
+        if source is None or not source.fixed:
+            return source
+        if self._fixed.get(name) == source.fingerprint:
             return None
         self._fixed[name] = source.fingerprint
         return source

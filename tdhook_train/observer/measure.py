@@ -12,15 +12,16 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdhook_train.edit import Edit
 from tdhook_train.errors import GroupsError, SettingsError
 from tdhook_train.hooks import HookedModel
-from tdhook_train.method import Edit, Method, Part, Seen, look
+from tdhook_train.method import Method, Part, Seen, look
 from tdhook_train.observer.sources import Source
 from tdhook_train.observer.subject import Subject
 from tdhook_train.ops.join import Measured, merge, overlaid
 from tdhook_train.schedule import Times
 
-__all__ = ["Row", "Tick", "measure", "rows_of"]
+__all__ = ["Row", "Tick", "measure", "rows_of", "see"]
 
 Rows = Mapping[str, Sequence[Method]]
 
@@ -102,7 +103,7 @@ def measure(
     """
     began = time.perf_counter()
     try:
-        parts = _look(subject, rows, source, tick)
+        parts = see(subject, rows, source, tick)
     except Exception as error:  # whatever the user's network or a method raises; see below
         failed("the shared pass", error)
         return []
@@ -131,7 +132,7 @@ def _refuse_unknown_groups(subject: Subject, method: Method, source: Source) -> 
         )
 
 
-def _look(subject: Subject, rows: Rows, source: Source, tick: Tick) -> dict[str, Part]:
+def see(subject: Subject, rows: Rows, source: Source, tick: Tick) -> dict[str, Part]:
     """Run every network once, reading the union of what the methods want."""
     methods = [method for group in rows.values() for method in group]
     wanted = {name for method in methods for name in method.chosen(subject.networks)}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, cast
 
+import torch
 from tensordict import TensorDictBase
 from torch import nn
 
@@ -20,6 +21,9 @@ from tdhook_train.errors import (
     did_you_mean,
 )
 from tdhook_train.method import Method
+from tdhook_train.observer.agenda import Agenda, Whens
+from tdhook_train.observer.edits import Edits
+from tdhook_train.observer.live_edit import LiveEdit
 from tdhook_train.observer.measure import rows_of
 from tdhook_train.observer.meter import Meter
 from tdhook_train.observer.probe_set import copied
@@ -28,7 +32,7 @@ from tdhook_train.observer.sources import On, Sources
 from tdhook_train.observer.station import Station
 from tdhook_train.observer.subject import Subject
 from tdhook_train.observer.ticks import OnError, Ticks
-from tdhook_train.schedule import Budget, Clock, Trigger
+from tdhook_train.schedule import Budget, Trigger
 from tdhook_train.undo import Undo
 
 __all__ = ["Observer"]
@@ -44,7 +48,7 @@ class Observer:
 
     Args:
         methods: what to measure, by the name of its rows; several methods in a list share a row.
-        when: which moments; see :mod:`tdhook_train.schedule`.
+        when: which moments, for all rows or for each by name; see :mod:`tdhook_train.schedule`.
         into: an :class:`~tdhook_train.buffer.ArtifactBuffer`, or the folder to make one in.
         on: ``"batch"`` (the one the training is about to use), ``"collected"`` (the last one that :meth:`collected`
             was told of, in the order of time), a :class:`~tdhook_train.observer.ProbeSet`, or several of these by name;
@@ -54,6 +58,8 @@ class Observer:
         on_error: an error of a method stops the training (``"raise"``), warns (``"warn"``) or is only recorded
             (``"skip"``); in no case is a row half written.
         loggers: TorchRL's or Lightning's, one or several, which are told the mean of each floating-point key.
+        edits: changes of the live network itself, by the names of their rows: see
+            :class:`~tdhook_train.observer.LiveEdit`. Without any the training is left as it was.
         background: measure snapshots in a process of its own while the training goes on: the same numbers, but rows
             come later, and what is due when that many snapshots wait (8, if True) is skipped, which is noted.
             An error of a method is raised by a later :meth:`step`. :meth:`finish`, :meth:`state_dict` and
@@ -74,37 +80,39 @@ class Observer:
         self,
         methods: Mapping[str, Method | Sequence[Method]],
         *,
-        when: Trigger,
+        when: Whens,
         into: ArtifactBuffer | str | os.PathLike[str],
         on: On = "batch",
         budget: Budget | None = None,
         seed: int = 0,
         on_error: OnError = "raise",
         loggers: Any = (),
+        edits: Mapping[str, LiveEdit] | None = None,
         background: bool | int = False,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.methods = rows_of(methods)
-        if not isinstance(when, Trigger):
-            raise SettingsError(f"when={when!r} is no trigger; e.g. when=Every(optim_steps=100) | At(0)")
         if on_error not in ("raise", "warn", "skip"):
             raise SettingsError(f"on_error={on_error!r}{did_you_mean(on_error, ('raise', 'warn', 'skip'))}")
         if not isinstance(background, int) or background < 0:
             raise SettingsError(f"background={background!r} is neither True, False nor how many snapshots may wait")
-        self.when = when
         self._waiting = _WAITING if background is True else int(background)
         sources = Sources(on)
+        self._agenda = Agenda(when, self.methods, sources.names)
         self.buffer = _opened(into, sources, resume=resume, overwrite=overwrite)
         recorder = Recorder(self.buffer, self.methods, loggers)
+        self._edits = Edits(edits or {}, self._agenda, recorder, seed)
         self._ticks = Ticks(Station(self.methods, seed), sources, recorder, budget, on_error)
-        self.clock = Clock()
+        self._ticks.watched = self._agenda.watched
+        self.clock = self._ticks.clock
+        self.optimizers: list[torch.optim.Optimizer] = []  # of the weights that live edits may write
         self.subject: Subject | None = None
         self.steps_taken: int | None = None  # optimizer steps so far, where a front door counts them
         self.undo = Undo()  # what front doors put on models and optimizers, taken off by close()
         self._paused = 0
         self._closed = False
-        self._measured_step: int | None = None
+        self._measured: dict[str, int] = {}  # the last step of each row
 
     # ------------------------------------------------------------------ what is observed
 
@@ -125,6 +133,7 @@ class Observer:
         for methods in self.methods.values():
             for method in methods:
                 method.check(subject.networks)
+        self._edits.check(model)
         self.subject = subject
         stored = self.buffer.folder("initial") / "weights.pt"
         if stored.is_file():
@@ -166,9 +175,10 @@ class Observer:
         clock.seconds = self.meter.elapsed_s
         self._ticks.live["batch"] = batch if self._ticks.sources.wants("batch") else None
         self._ticks.take(clock.now)
-        due = not self._closed and not self._paused and self.when.due(clock)
-        clock.asked()
-        return due and self._tick(model)
+        if self._closed or self._paused:
+            clock.asked()
+            return False
+        return self._follow(model)
 
     def collected(self, batch: TensorDictBase, *, frames: int | None = None) -> None:
         """Say what was just collected: what ``on="collected"`` is measured on, and how far the frames are.
@@ -204,9 +214,29 @@ class Observer:
         self.clock.step = counted if step is None else step
         self.clock.seconds = self.meter.elapsed_s
         self.clock.asked()
-        measured = self._measured_step != self.clock.step and self._tick(self.subject.model, free=True)
+        rows = frozenset(row for row in self.methods if self._measured.get(row) != self.clock.step)
+        measured = bool(rows) and self._tick(self.subject.model, rows, free=True)
         self._ticks.take(self.clock.now, wait=True)
         return measured
+
+    def alert(self, when: Trigger, *, mark: str | None = None, call: Callable[[Observer], None] | None = None) -> None:
+        """Put a mark on the time axis, or call a function, whenever a trigger is due.
+
+        ``observer.alert(When("health", "dormant", above=0.3), mark="units fall asleep")``
+
+        Args:
+            when: a trigger.
+            mark: its label.
+            call: called with the observer.
+        """
+
+        def tell() -> None:
+            if mark is not None:
+                self.mark(mark)
+            if call is not None:
+                call(self)
+
+        self._agenda.alert(when, tell)
 
     @property
     def meter(self) -> Meter:
@@ -245,10 +275,12 @@ class Observer:
 
     def _let_go(self) -> None:
         self._closed = True
-        self.undo.close()
         self.subject = None
-        self._ticks.close()
-        self.buffer.close()
+        with ExitStack() as each:  # all of them, whatever one of them raises
+            each.callback(self.buffer.close)
+            each.callback(self._ticks.close)
+            each.callback(self.undo.close)
+            each.callback(self._edits.end, self.clock.now, every=True)
 
     def __enter__(self) -> Observer:
         return self
@@ -265,27 +297,66 @@ class Observer:
         """Plain values for a checkpoint of the training."""
         self._ticks.take(self.clock.now, wait=True)
         clock = self.clock.state_dict()
-        return {"clock": clock, "measured_step": self._measured_step, "steps_taken": self.steps_taken}
+        return {
+            "clock": clock,
+            "measured": dict(self._measured),
+            "steps_taken": self.steps_taken,
+            "edits": self._edits.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: rows of later steps are dropped, passed boundaries do not fire again."""
         self._check_open()
         self.clock.load_state_dict(dict(state["clock"]))
-        self._measured_step = state["measured_step"]
+        self._measured = dict(state["measured"])
+        self._edits.load_state_dict(state["edits"])
         self.steps_taken = state["steps_taken"]
         self._ticks.take(self.clock.now, wait=True)
         self._ticks.forget()
         self.buffer.truncate(after_step=self.clock.step)
+        for row in self._agenda.watched & set(self.buffer):
+            self.clock.known[row] = dict(self.buffer[row].last()[0].items(include_nested=True, leaves_only=True))
 
-    def _tick(self, model: nn.Module, *, free: bool = False) -> bool:
-        if not self.meter.ticks and self._measured_step is None:
+    def _follow(self, model: nn.Module) -> bool:
+        """Do what is due; what was measured here may make more due."""
+        clock, edits = self.clock, self._edits
+        done: frozenset[str] = frozenset()
+        if edits:
+            edits.go_on(model)
+            edits.end(clock.now)
+        while True:
+            rows, calls, begin = self._agenda.rows(clock) - done, self._agenda.tell(clock), edits.due(clock)
+            clock.asked()
+            if rows and self._tick(model, rows):
+                done |= rows
+            for call in calls:
+                call()
+            for name in begin:
+                self._edit(name, model)
+            if not clock.fresh:
+                return bool(done)
+
+    def _tick(self, model: nn.Module, rows: frozenset[str], *, free: bool = False) -> bool:
+        subject = self._observed(model)
+        with self._edits.left_out() if not subject.is_loss else nullcontext():
+            measured = self._ticks.measure(subject, self.clock.now, rows, free=free)
+        if measured:
+            self._measured |= dict.fromkeys(rows, self.clock.step)
+        return measured
+
+    def _edit(self, name: str, model: nn.Module) -> None:
+        subject = self._observed(model)
+        if not self._edits.writes(name):
+            self._edits.begin(name, model, self.clock.now)
+        elif (source := next(self._ticks.ready(self.clock.now), None)) is not None:
+            self._edits.write(name, subject, self.clock.now, source, self.optimizers)
+
+    def _observed(self, model: nn.Module) -> Subject:
+        if not self.meter.ticks and not self._measured:
             self._ticks.recorder.refuse_going_back(self.clock.step)
         if self.subject is None or self.subject.model is not model:
             self.attach(model)
-        measured = self._ticks.measure(cast(Subject, self.subject), self.clock.now, free=free)
-        if measured:
-            self._measured_step = self.clock.step
-        return measured
+        return cast(Subject, self.subject)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -41,11 +41,17 @@ class Recorder:
                     f"loggers={logger!r} is no logger: those of TorchRL and Lightning have log_metrics(metrics, step)"
                 )
 
-    def commit(self, row: Row, found: Measurement) -> None:
-        """Commit a row of what was measured."""
+    def commit(self, row: Row, found: Measurement, methods: Sequence[Method] | None = None) -> str:
+        """Commit a row of what was measured, and return the name that it has there.
+
+        Args:
+            row: a row.
+            found: what it is a row of.
+            methods: that measured it, where these are none of the observer's.
+        """
         name = f"{row.name}.{found.source}" if found.source else row.name
         if name not in self.buffer:
-            self._declare(name, row)
+            self._declare(name, row, self._methods[row.name] if methods is None else methods)
         self.buffer.append(
             name,
             row.measured.tensordict(),
@@ -57,9 +63,9 @@ class Recorder:
             cost=row.cost_s,
         )
         self.scalars |= scalars(name, row.measured)
+        return name
 
-    def _declare(self, name: str, row: Row) -> None:
-        methods = self._methods[row.name]
+    def _declare(self, name: str, row: Row, methods: Sequence[Method]) -> None:
         labels = {dim: names for dim, names in row.measured.labels.items() if names}
         legend = {key: dict(codes) for method in methods for key, codes in method.legend.items()}
         settings = [method.settings() for method in methods]

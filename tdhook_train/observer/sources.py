@@ -73,6 +73,11 @@ class Sources:
                     f'on={given}{where} is neither "batch" nor "collected" nor a ProbeSet; see ProbeSet(td)'
                 )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the sources."""
+        return tuple(self._named)
+
     def wants(self, live: Live) -> bool:
         """Whether one of the sources is the batch in training, or the last collected one."""
         return live in self._named.values()

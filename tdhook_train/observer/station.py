@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,21 +47,28 @@ class Station:
         self._memo.clear()
 
     def measure(
-        self, subject: Subject, now: Times, name: str, source: Source, failed: Callable[[str, Exception], None]
+        self,
+        subject: Subject,
+        now: Times,
+        due: Collection[str],
+        on: tuple[str, Source],
+        failed: Callable[[str, Exception], None],
     ) -> Measurement:
-        """Measure every method on one batch, with the weights of now.
+        """Measure on one batch, with the weights of now.
 
         Args:
             subject: whose networks.
             now: the moment.
-            name: of the source.
-            source: the batch.
+            due: which rows.
+            on: the name of a source, and its batch.
             failed: told the row and the error of a method; where it does not raise, that row is left out.
         """
+        name, source = on
+        methods = {row: self.methods[row] for row in self.methods if row in due}
         previous = self._previous.setdefault(name, {})
-        tick = Tick(now, self.seed, {row: previous.get(row) for row in self.methods}, self._memo_of(name, source))
+        tick = Tick(now, self.seed, {row: previous.get(row) for row in methods}, self._memo_of(name, source))
         with subject.view.open(seed=tick.generator("model").initial_seed()):
-            rows = measure(subject, self.methods, source, tick, failed)
+            rows = measure(subject, methods, source, tick, failed)
             weights = subject.fingerprint()
         previous |= {row.name: row.measured.tensordict() for row in rows}
         return Measurement(name, now, rows, weights, source.fingerprint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from tensordict import TensorDictBase
@@ -16,8 +16,8 @@ from tdhook_train.observer.recorder import Recorder
 from tdhook_train.observer.sources import Live, Source, Sources
 from tdhook_train.observer.station import Measurement, Station
 from tdhook_train.observer.subject import Subject
-from tdhook_train.observer.worker import Outcome
-from tdhook_train.schedule import Budget, Times
+from tdhook_train.observer.worker import Due, Outcome
+from tdhook_train.schedule import Budget, Clock, Times
 
 __all__ = ["OnError", "Ticks"]
 
@@ -44,6 +44,8 @@ class Ticks:
         self.budget = budget
         self.on_error = on_error
         self.meter = Meter()
+        self.clock = Clock()
+        self.watched: set[str] = set()  # rows whose values decide what is due: the clock is told of them
         self.live: dict[Live, TensorDictBase | None] = {}  # what may be measured on now
         self._worker: Background | None = None
         self._folder = recorder.buffer.folder("probe_sets")
@@ -52,12 +54,13 @@ class Ticks:
         """Measure in a process of its own from now on."""
         self._worker = Background(subject, self.station.methods, self.station.seed, waiting)
 
-    def measure(self, subject: Subject, now: Times, *, free: bool = False) -> bool:
+    def measure(self, subject: Subject, now: Times, rows: frozenset[str], *, free: bool = False) -> bool:
         """Measure a model, or hand it over to be measured.
 
         Args:
             subject: the model.
             now: the moment.
+            rows: which are due.
             free: whatever the budget and however many wait.
 
         Returns:
@@ -68,33 +71,35 @@ class Ticks:
             self._skip(now, "budget", f"{meter.share:.2%} of training time spent observing")
             return False
         try:
-            ready = self.sources.ready(self.live, self._folder, lambda *why: self._skip(now, *why))
+            ready = self.ready(now)
             if self._worker is None:
-                return self._here(subject, now, ready)
-            return self._beside(self._worker, subject, now, list(ready), free=free)
+                return self._here(subject, now, rows, ready)
+            return self._beside(self._worker, subject, Due(now, rows, list(ready)), wait=free)
         finally:
             meter.add(time.perf_counter() - began, budgeted=self.budget is not None)
 
-    def _here(self, subject: Subject, now: Times, ready: Iterable[tuple[str, Source]]) -> bool:
+    def ready(self, now: Times) -> Iterator[tuple[str, Source]]:
+        """Yield what can be measured on now, by name; what is not ready is noted."""
+        return self.sources.ready(self.live, self._folder, lambda *why: self._skip(now, *why))
+
+    def _here(self, subject: Subject, now: Times, rows: frozenset[str], ready: Iterable[tuple[str, Source]]) -> bool:
         committed = False
         for name, source in ready:
-            found = self.station.measure(subject, now, name, source, lambda *why: self._failed(now, *why))
+            found = self.station.measure(subject, now, rows, (name, source), lambda *why: self._failed(now, *why))
             committed |= self._commit(found)
         if committed:
             self.recorder.log(now.step)
         return committed
 
-    def _beside(
-        self, worker: Background, subject: Subject, now: Times, ready: list[tuple[str, Source]], *, free: bool
-    ) -> bool:
+    def _beside(self, worker: Background, subject: Subject, due: Due, *, wait: bool) -> bool:
         try:
-            handed = bool(ready) and worker.hand_over(subject, now, ready, wait=free)
+            handed = bool(due.sources) and worker.hand_over(subject, due, wait=wait)
         except WorkerError as error:
-            self._failed(now, "background", error)
+            self._failed(due.now, "background", error)
             return False
-        if ready and not handed:
+        if due.sources and not handed:
             self.meter.dropped += 1
-            self._skip(now, "background", "the process that measures is behind")
+            self._skip(due.now, "background", "the process that measures is behind")
         return handed
 
     def take(self, now: Times, *, wait: bool = False) -> None:
@@ -139,7 +144,9 @@ class Ticks:
 
     def _commit(self, found: Measurement) -> bool:
         for row in found.rows:
-            self.recorder.commit(row, found)
+            name = self.recorder.commit(row, found)
+            if name in self.watched:
+                self.clock.fresh[name] = row.measured.values
             self.meter.by_method_s[row.name] += row.cost_s
         return bool(found.rows)
 

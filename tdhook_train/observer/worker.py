@@ -19,7 +19,7 @@ from tdhook_train.observer.station import Measurement, Station
 from tdhook_train.observer.subject import Subject
 from tdhook_train.schedule import Times
 
-__all__ = ["BEGUN", "Failure", "Job", "Outcome", "Start", "main"]
+__all__ = ["BEGUN", "Due", "Failure", "Job", "Outcome", "Start", "main"]
 
 BEGUN = b""  # what a worker says when it runs, and again when it has taken its start; then an outcome a job
 
@@ -59,15 +59,23 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Due:
+    """What is to be measured at a moment: which rows, and on which batches by name; None for one sent before."""
+
+    now: Times
+    rows: frozenset[str]
+    sources: Sequence[tuple[str, Source | None]]
+
+
+@dataclass(frozen=True)
 class Job:
-    """One tick: the moment, the weights of then, and the batches; one that was sent before is None.
+    """What is due, with the weights of the moment.
 
     ``forget`` asks to forget the ticks before first, as going back to a checkpoint needs.
     """
 
-    now: Times
+    due: Due
     weights: Mapping[str, TensorDictBase]
-    sources: Sequence[tuple[str, Source | None]]
     forget: bool = False
 
 
@@ -135,14 +143,14 @@ def _next(training: Connection, parent: int) -> bytes | None:
 
 
 def _served(job: Job, subject: Subject, station: Station, sources: dict[str, Source]) -> Outcome:
-    began, outcome = time.perf_counter(), Outcome(job.now)
+    began, outcome = time.perf_counter(), Outcome(job.due.now)
     if job.forget:
         station.forget()
     subject.take(job.weights)
-    for name, sent in job.sources:
+    for name, sent in job.due.sources:
         source = sources[name] if sent is None else sent
         if source.fixed:
             sources[name] = source
-        outcome.measurements.append(station.measure(subject, job.now, name, source, outcome.failed))
+        outcome.measurements.append(station.measure(subject, job.due.now, job.due.rows, (name, source), outcome.failed))
     outcome.seconds = time.perf_counter() - began
     return outcome

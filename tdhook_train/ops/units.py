@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["as_rows", "evenly_spaced", "padded", "unit_axis"]
+__all__ = ["as_rows", "dormancy", "evenly_spaced", "padded", "unit_axis"]
 
 
 def unit_axis(value: Tensor) -> int:
@@ -25,6 +25,13 @@ def as_rows(value: Tensor) -> Tensor:
         return value.reshape(-1, 1)
     value = value.movedim(unit_axis(value), -1)
     return value.reshape(-1, value.shape[-1])
+
+
+def dormancy(value: Tensor) -> Tensor:
+    """Score the units of an activation: ``E|h_i| / mean_k E|h_k|``; 0 everywhere in one that is all zero."""
+    rows = as_rows(value)
+    activity = torch.linalg.vector_norm(rows, ord=1, dim=0) / len(rows)
+    return activity / activity.mean() if activity.any() else torch.zeros_like(activity)
 
 
 def padded(values: Sequence[Tensor], fill: float = torch.nan) -> Tensor:

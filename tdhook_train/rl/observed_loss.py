@@ -71,6 +71,8 @@ def observe_loss(loss: nn.Module, observer: Observer, *, optimizer: torch.optim.
     if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
         raise SettingsError(f"optimizer={optimizer!r} is no torch optimizer")
     observer.attach(loss)
+    if optimizer is not None:
+        observer.optimizers.append(optimizer)
     hook = _Hook(observer, counts_calls=optimizer is None)
     observer.count_steps()
     with Undo() as undo:

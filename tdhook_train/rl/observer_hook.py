@@ -53,6 +53,8 @@ class ObserverHook(TrainerHookBase):
             raise NetworkError(f"expected a TorchRL Trainer, got {type(trainer).__name__}")
         self.observer.attach(trainer.loss_module)
         self.observer.count_steps()
+        if trainer.optimizer is not None:
+            self.observer.optimizers.append(trainer.optimizer)
         trainer.register_op("batch_process", self._collected)
         trainer.register_op("process_optim_batch", self._measure)
         trainer.register_op("post_optim", self.observer.count_step)

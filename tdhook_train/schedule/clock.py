@@ -32,6 +32,8 @@ class Clock:
     batches: int = 0
     seconds: float = 0.0
     before: Times | None = field(default=None)  # None until triggers were asked for the first time
+    fresh: dict[str, Any] = field(default_factory=dict, repr=False)  # rows measured since then, by name: key -> tensor
+    known: dict[str, Any] = field(default_factory=dict, repr=False)  # the rows before those
 
     @property
     def now(self) -> Times:
@@ -41,6 +43,9 @@ class Clock:
     def asked(self) -> None:
         """Remember the present moment as the last at which triggers were asked."""
         self.before = self.now
+        if self.fresh:
+            self.known |= self.fresh
+            self.fresh = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint: the present moment, and below ``before`` the last that triggers saw."""

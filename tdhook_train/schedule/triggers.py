@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, cast
 
-from tdhook_train.errors import SettingsError, did_you_mean
+from torch import Tensor
+
+from tdhook_train.errors import KeyMissingError, SettingsError, did_you_mean
 from tdhook_train.schedule.clock import Clock, Times
 
 __all__ = ["At", "Every", "Geometric", "Trigger", "When"]
@@ -29,6 +31,11 @@ class Trigger(ABC):
     def due(self, clock: Clock) -> bool:
         """Whether a boundary lies after ``clock.before`` and not after now."""
 
+    @property
+    def rows(self) -> frozenset[str]:
+        """The rows whose values it goes by."""
+        return frozenset()
+
     def __or__(self, other: Trigger) -> Trigger:
         """Due when either is."""
         return _Any(self, other)
@@ -46,6 +53,10 @@ class _Any(Trigger):
     def due(self, clock: Clock) -> bool:
         return self.left.due(clock) or self.right.due(clock)
 
+    @property
+    def rows(self) -> frozenset[str]:
+        return self.left.rows | self.right.rows
+
 
 @dataclass(frozen=True)
 class _All(Trigger):
@@ -54,6 +65,10 @@ class _All(Trigger):
 
     def due(self, clock: Clock) -> bool:
         return self.left.due(clock) and self.right.due(clock)
+
+    @property
+    def rows(self) -> frozenset[str]:
+        return self.left.rows | self.right.rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +178,66 @@ class Geometric(Trigger):
 
 @dataclass(frozen=True)
 class When(Trigger):
-    """Due when a function of the clock says so."""
+    """Due when a function of the clock says so, or when a value that was measured goes beyond a bound.
 
-    fn: Callable[[Clock], bool]
+    ``When("health", "dormant", above=0.3)`` is due at each crossing: where a row's values are beyond the bound and
+    those of the row before were not. NaNs are left out.
+
+    Args:
+        fn: a function of the clock, or the name of a row.
+        key: of the row's artifact.
+        above: the upper bound, or
+        below: the lower one.
+        over: whether one of the artifact's values has to be beyond it (``"any"``), each (``"all"``), or their mean.
+    """
+
+    fn: Callable[[Clock], bool] | str
+    key: str | tuple[str, ...] | None = None
+    _: KW_ONLY
+    above: float | None = None
+    below: float | None = None
+    over: Literal["any", "all", "mean"] = "any"
+
+    def __post_init__(self) -> None:
+        if callable(self.fn):
+            if (self.key, self.above, self.below) != (None, None, None):
+                raise SettingsError("When(fn) takes a function of the clock alone")
+        elif self.key is None or (self.above is None) == (self.below is None):
+            wanted = 'a row, its key and one bound: When("health", "dormant", above=0.3)'
+            raise SettingsError(f"When needs a function of the clock, or {wanted}")
+        elif self.over not in ("any", "all", "mean"):
+            raise SettingsError(f"over={self.over!r}{did_you_mean(self.over, ('any', 'all', 'mean'))}")
+
+    @property
+    def rows(self) -> frozenset[str]:
+        """The row it goes by."""
+        return frozenset([self.fn]) if isinstance(self.fn, str) else frozenset()
 
     def due(self, clock: Clock) -> bool:
-        """Ask the function."""
-        return bool(self.fn(clock))
+        """Ask the function, or compare the row that is new with the one before.
+
+        Raises:
+            KeyMissingError: the row has no such key; names the nearest.
+        """
+        if not isinstance(self.fn, str):
+            return bool(self.fn(clock))
+        new = clock.fresh.get(self.fn)
+        return new is not None and self._beyond(new) and not self._beyond(clock.known.get(self.fn))
+
+    def _beyond(self, row: Mapping[Any, Tensor] | None) -> bool:
+        if row is None:
+            return False
+        if self.key not in row:
+            known = [".".join(key) if isinstance(key, tuple) else key for key in row]
+            raise KeyMissingError(f"rows {self.fn!r} hold no {self.key!r}{did_you_mean(str(self.key), known)}")
+        values = row[self.key]
+        values = values if values.is_floating_point() else values.double()
+        values = values[~values.isnan()]
+        if not len(values):
+            return False
+        values = values.mean().reshape(1) if self.over == "mean" else values
+        beyond = values > self.above if self.above is not None else values < cast(float, self.below)
+        return bool(beyond.all() if self.over == "all" else beyond.any())
 
 
 def _crossed(steps: tuple[int, ...], scale: str, clock: Clock) -> bool:
