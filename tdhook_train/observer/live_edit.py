@@ -36,9 +36,10 @@ class LiveEdit:
     A :class:`~tdhook_train.edit.Rewrite` (:class:`~tdhook_train.health.ReDo`) writes weights once each time it is due,
     from what the observer's first batch shows, and stays. What the optimizer keeps of these weights begins anew.
 
-    On a model compiled with ``torch.compile`` every call runs eagerly as long as a span lasts, and compiled again
-    afterwards, without being compiled anew; numbers may then differ in the last bit. Weights that are written are
-    those of the compiled model too.
+    With ``torch.compile``: as long as a span lasts everything compiled runs eagerly, and compiled again afterwards,
+    without being compiled anew; numbers may then differ in the last bit. A loss that was itself compiled is already
+    running when its hook begins a span: this one call goes on compiled and unedited, the span takes hold with the next.
+    Weights that are written are those of the compiled model too.
 
     Args:
         edit: what is changed.

@@ -98,7 +98,7 @@ def scalars(name: str, measured: Measured) -> dict[str, float]:
     means = {}
     for key, value in measured.values.items():
         if value.is_floating_point() and "batch" not in measured.dims.get(key, ()):
-            mean = float(torch.nanmean(value.double()))
+            mean = float(torch.nanmean(value.detach().double()))
             if mean == mean:
                 means[f"{name}/{dotted(key)}"] = mean
     return means

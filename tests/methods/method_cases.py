@@ -10,7 +10,7 @@ from torch import nn
 
 from tdhook_train import Method, attribution, health, latent
 from tdhook_train.attribution import IntegratedGradients, Saliency
-from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank
+from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
 from tdhook_train.latent import Ablate, ActivationAddition, ActivationPatching, RidgeProbe, SteeringVectors
 
 PUBLIC = [getattr(family, name) for family in (attribution, health, latent) for name in family.__all__]
@@ -96,6 +96,7 @@ CASES = (
         {"min_std": [-1.0]},
         frozenset(DeadUnits.writes),
     ),
+    Case(ReDo, {"layers": ("0", "1"), "tau": 0.5}, {"tau": 0.0}, {"tau": [-0.1, float("nan")]}, frozenset(ReDo.writes)),
     Case(EffectiveRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(EffectiveRank.writes)),
 )
 
