@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -145,6 +146,37 @@ def test_the_numbers_are_those_of_the_foreground_bit_for_bit(name, tmp_path):
     assert weights[False].keys() == weights[100].keys()
     assert all(torch.equal(value, weights[100][key]) for key, value in weights[False].items())
     assert torch.equal(rng[False], rng[100])
+
+
+@dataclass(frozen=True)
+class Settings(Method):
+    """What decides how numbers come out."""
+
+    writes: ClassVar = {"threads": "", "made": "", "high": ""}
+
+    def measure(self, seen: Any, model: Any) -> TensorDict:
+        high = torch.get_float32_matmul_precision() == "high" and torch.are_deterministic_algorithms_enabled()
+        return TensorDict({"threads": torch.tensor(torch.get_num_threads()), "made": torch.ones(()), "high": high})
+
+
+def test_the_process_computes_as_the_training_does(tmp_path):
+    model, td = nn.Linear(3, 1), TensorDict(input=torch.randn(4, 3), batch_size=[4])
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        stack.callback(torch.use_deterministic_algorithms, mode=False)
+        torch.set_num_threads(3)
+        torch.set_default_dtype(torch.float64)
+        torch.set_float32_matmul_precision("high")
+        torch.use_deterministic_algorithms(mode=True)
+        with Observer({"s": Settings()}, when=At(0), into=tmp_path, background=True) as observer:
+            observer.step(model, td, step=0)
+            observer.finish(step=0)
+            row = observer.buffer["s"].at(0)
+    assert row["threads"] == 3
+    assert row["made"].dtype == torch.float64
+    assert row["high"]
 
 
 def test_a_module_that_draws_and_normalises_is_measured_alike(tmp_path):

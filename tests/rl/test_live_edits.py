@@ -171,10 +171,10 @@ def test_a_collector_in_this_process_acts_with_the_edit(tmp_path):
 
 
 def redone(tmp_path: Path) -> tuple[Case, Observer, dict[str, Any], dict[str, Any]]:
-    """Recycle the critics of SAC at step 3; return what was before."""
+    """Recycle units of SAC at step 3; return what was before."""
     case = LOSSES["SACLoss"]()
     optimizer = torch.optim.Adam(case.loss.parameters(), 0.01)
-    edit = LiveEdit(ReDo(tau=0.9, networks=("qvalue_network.0", "qvalue_network.1")), when=At(3))
+    edit = LiveEdit(ReDo(tau=0.9), when=At(3))
     batch = ProbeSet(case.batch, groups="rows")
     observer = Observer({"d": DormantUnits()}, when=At(3), into=tmp_path, on=batch, edits={"redo": edit})
     ObservedLoss(case.loss, observer, optimizer)
@@ -193,7 +193,7 @@ def test_dormant_units_are_recycled_in_the_live_members_of_an_ensemble(tmp_path)
     after = weights(case)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed
-    assert all(key.startswith("qvalue_network_params") for key in changed)  # neither policy nor targets
+    assert {key.partition(".")[0] for key in changed} == {"actor_network_params", "qvalue_network_params"}  # no targets
     (first, *_) = [key for key in before if key.startswith("qvalue_network_params") and key.endswith("weight")]
     for member in range(2):  # each by its own units
         (row, *_) = [i for i, layer in enumerate(layers) if layer.startswith(f"qvalue_network.{member}.")]
