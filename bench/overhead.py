@@ -1,118 +1,168 @@
-"""What live observation costs a PPO training: the demo with and without observers, interleaved in one process.
+"""What live observation costs PPO, SAC and DQN: bare, observed, and observed in the background, in one process.
 
-Two trainings of the same seed, one bare and one observed, take turns in stretches of 10,000 frames over the whole
-run, so that both do the same work (the end weights are compared bit by bit) and ticks are met where the schedule puts
-them, early and late. Within a pair the order alternates.
+Three trainings of the same seed take turns in stretches over the whole run, in random order, so that all do the same
+work (their end weights are compared bit by bit) and ticks are met where the schedule puts them, early and late. What
+the process in the background has not measured when a stretch ends is waited for before the next one begins, so that
+it takes no time from the others; that wait is reported.
 
-    python bench/overhead.py [--frames 50000] [--repeats 1]
+    python bench/overhead.py [--repeats 1] [--only PPO]
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import random
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from _trainings import MAKE, Training
 
-from tdhook_train.buffer import ArtifactBuffer
-from tdhook_train.rl.demo import observed
-from tdhook_train.rl.ppo import Progress, make_ppo
+from tdhook_train import ArtifactBuffer, Observer, ProbeSet
+from tdhook_train.rl import ObservedLoss
+from tdhook_train.rl.demo import schedule
 
-ENVIRONMENT = "InvertedDoublePendulum-v5"
-STRETCH = 10_000
+FRAMES = {"PPO": 50_000, "SAC": 12_000, "DQN": 20_000}
+STRETCHES = 10
+SIDES = ("bare", "foreground", "background")
 
 
-@dataclass
-class Training:
+class Side:
     """A training that is advanced stretch by stretch, with random states of its own."""
 
-    frames: int
-    into: str | None
-    seconds: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.ppo = make_ppo(ENVIRONMENT, frames=self.frames, seed=0)
-        self.observer = observed(self.ppo, self.into) if self.into else None
-        self._batches: Iterator[Progress] = self.ppo.train(self._collected)
+    def __init__(self, algorithm: str, kind: str, into: Path) -> None:
+        self.training: Training = MAKE[algorithm](FRAMES[algorithm])
+        self.observer = None if kind == "bare" else observed(self.training, into, background=kind == "background")
+        self.seconds: list[float] = []
+        self.waited_s = 0.0
+        self._batches = self.training.batches()
         self._rng = torch.get_rng_state()
-
-    def _collected(self, frames: int) -> None:
-        if self.observer is not None:
-            self.observer.clock.frames = frames
 
     def advance(self, frames: int) -> None:
         """Train on, up to ``frames`` in all, and note the seconds it took."""
         torch.set_rng_state(self._rng)
         began = time.perf_counter()
-        for progress in self._batches:
-            if progress.frames >= frames:
+        for seen in self._batches:
+            if seen >= frames:
                 break
-        if self.observer is not None and frames >= self.frames:
-            self.observer.finish()
         self.seconds.append(time.perf_counter() - began)
         self._rng = torch.get_rng_state()
+        if self.observer is not None:
+            began = time.perf_counter()
+            self.observer.state_dict()  # waits for the background
+            self.waited_s += time.perf_counter() - began
 
     def weights(self) -> torch.Tensor:
         """All parameters, end to end."""
-        return torch.cat([p.detach().flatten() for p in self.ppo.loss.parameters()])
+        return torch.cat([p.detach().flatten() for p in self.training.loss.parameters()])
 
     def close(self) -> None:
         """Let go of the environment and the observer."""
-        self.ppo.close()
+        self.training.collector.shutdown()
         if self.observer is not None:
             self.observer.close()
 
 
-def run(frames: int) -> tuple[list[tuple[float, float]], dict[str, float], int]:
-    """Return the seconds of each pair of stretches (bare, observed), seconds by method, and the number of ticks."""
+def observed(training: Training, into: Path, *, background: bool) -> Observer:
+    """Observe a training on its first 2,048 frames, at the demo's cadence."""
+    probe_set = ProbeSet.first(training.collector, frames=2048)
+    observer = Observer(training.methods, when=schedule(training.steps), into=into, on=probe_set, background=background)
+    training.loss = ObservedLoss(training.loss, observer, training.optimizer)
+    if background:
+        time.sleep(8)  # the process starts before anything is timed
+    return observer
+
+
+def run(algorithm: str, order: random.Random) -> dict[str, Any]:
+    """Run the three sides and return their seconds by stretch, and what the ticks took."""
     with tempfile.TemporaryDirectory() as folder:
-        bare, watched = Training(frames, None), Training(frames, folder)
-        for i, until in enumerate(range(STRETCH, frames + 1, STRETCH)):
-            for training in (bare, watched) if i % 2 == 0 else (watched, bare):
-                training.advance(until)
-        if not torch.equal(bare.weights(), watched.weights()):
-            raise SystemExit("the observed training ended in other weights: the comparison is void")
-        ticks = watched.observer.meter.ticks if watched.observer else 0
-        bare.close()
-        watched.close()
-        with ArtifactBuffer.open(folder) as buffer:
-            shares = {name: float(buffer[name].series(("meta", "cost")).sum()) for name in buffer}
-    return list(zip(bare.seconds, watched.seconds, strict=True)), shares, ticks
+        sides = {kind: Side(algorithm, kind, Path(folder) / kind) for kind in SIDES}
+        stretch = FRAMES[algorithm] // STRETCHES
+        for until in range(stretch, FRAMES[algorithm] + 1, stretch):
+            for kind in order.sample(SIDES, len(SIDES)):
+                sides[kind].advance(until)
+        for kind in SIDES[1:]:
+            if not torch.equal(sides["bare"].weights(), sides[kind].weights()):
+                raise SystemExit(f"{algorithm} observed in the {kind} ended in other weights: the comparison is void")
+        observers = {kind: side.observer for kind, side in sides.items() if side.observer is not None}
+        found: dict[str, Any] = {kind: side.seconds for kind, side in sides.items()}
+        found["ticks"] = {kind: observer.meter.ticks - observer.meter.dropped for kind, observer in observers.items()}
+        found["waited"] = sides["background"].waited_s
+        for side in sides.values():
+            side.close()
+        with ArtifactBuffer.open(Path(folder) / "foreground") as buffer:
+            found["costs"] = {name: float(buffer[name].series(("meta", "cost")).sum()) for name in buffer}
+    return found
+
+
+def not_due(calls: int = 20_000) -> float:
+    """Return the microseconds that a call of an observed loss takes more than one of the bare loss, nothing due."""
+
+    class Loss(torch.nn.Module):  # costs nothing itself
+        convert_to_functional = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.actor_network = torch.nn.Linear(1, 1)
+
+        def forward(self, batch: Any) -> Any:
+            return batch
+
+    from tensordict import TensorDict
+
+    from tdhook_train import Every
+    from tdhook_train.health import EffectiveRank
+
+    batch = TensorDict(observation=torch.zeros(1, 1), batch_size=[1])
+    with tempfile.TemporaryDirectory() as folder:
+        bare, watched = Loss(), Loss()
+        observer = Observer({"h": EffectiveRank()}, when=Every(optim_steps=10**9), into=folder)
+        ObservedLoss(watched, observer)
+        took: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(11):
+            for which, loss in ((False, bare), (True, watched)):
+                began = time.perf_counter()
+                for _ in range(calls // 11):
+                    loss(batch)
+                took[which].append((time.perf_counter() - began) / (calls // 11))
+        observer.close()
+    return (statistics.median(took[True]) - statistics.median(took[False])) * 1e6
 
 
 def main() -> None:
     """Print the table that ``bench/README.md`` keeps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--frames", type=int, default=50_000)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--only", choices=list(MAKE))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    pairs: list[tuple[float, float]] = []
-    costs: list[dict[str, float]] = []
-    for _ in range(options.repeats):
-        found, shares, ticks = run(options.frames)
-        pairs += found
-        costs.append(shares)
-    bare, watched = (sum(seconds) for seconds in zip(*pairs, strict=True))
-    ratios = [b / a for a, b in pairs]
     print(f"machine: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; ", end="")
-    print(f"torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"pairs of {STRETCH:,} frames: {len(pairs)}; ticks a run: {ticks}\n")
-    print("| what | value |\n|---|---|")
-    print(f"| wall time observed / bare, whole runs | {watched / bare:.4f} |")
-    print(f"| the same, median of pairs | {statistics.median(ratios):.4f} |")
-    print(f"| each pair | {', '.join(f'{ratio:.3f}' for ratio in ratios)} |")
-    print(f"| seconds bare, a run | {bare / options.repeats:.1f} |")
-    for name in costs[0]:
-        seconds = sum(cost[name] for cost in costs)
-        tick_ms = seconds / ticks / len(costs) * 1e3
-        print(f"| {name}: share of bare time, ms a tick | {seconds / bare:.2%}, {tick_ms:.1f} |")
+    print(f"torch {torch.__version__}, Python {platform.python_version()}\n")
+    print("| what | " + " | ".join(["bare, s", "foreground / bare", "background / bare", "ticks", "waited, s"]) + " |")
+    print("|---|---|---|---|---|---|")
+    shares = []
+    for algorithm in [options.only] if options.only else MAKE:
+        runs = [run(algorithm, random.Random(seed)) for seed in range(options.repeats)]
+        total = {kind: sum(sum(found[kind]) for found in runs) for kind in SIDES}
+        bare = total["bare"] / len(runs)
+        ratios = [f"{total[kind] / total['bare']:.3f}" for kind in SIDES[1:]]
+        ticks = " and ".join(str(count) for count in runs[0]["ticks"].values())
+        waited = sum(found["waited"] for found in runs) / len(runs)
+        frames = f"{algorithm}, {FRAMES[algorithm]:,} frames"
+        print(f"| {frames} | {bare:.1f} | {' | '.join(ratios)} | {ticks} | {waited:.1f} |", flush=True)
+        for name in runs[0]["costs"]:
+            cost = sum(found["costs"][name] for found in runs) / len(runs)
+            shares.append(
+                f"| {algorithm}, {name} | {cost / bare:.2%} | {cost / runs[0]['ticks']['foreground'] * 1e3:.1f} |"
+            )
+    print("\n| row, in the foreground | share of bare time | ms a tick |\n|---|---|---|")
+    print("\n".join(shares))
+    print(f"\na call of an observed loss when nothing is due: {not_due():.1f} µs more than of the bare one")
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ class Observer:
         clock.batches += 1
         clock.seconds = self.meter.elapsed_s
         self._ticks.live["batch"] = batch if self._ticks.sources.wants("batch") else None
-        self._ticks.take(clock.now)
+        self._ticks.take()
         if self._closed or self._paused:
             clock.asked()
             return False
@@ -216,7 +216,7 @@ class Observer:
         self.clock.asked()
         rows = frozenset(row for row in self.methods if self._measured.get(row) != self.clock.step)
         measured = bool(rows) and self._tick(self.subject.model, rows, free=True)
-        self._ticks.take(self.clock.now, wait=True)
+        self._ticks.take(wait=True)
         return measured
 
     def alert(self, when: Trigger, *, mark: str | None = None, call: Callable[[Observer], None] | None = None) -> None:
@@ -269,7 +269,7 @@ class Observer:
         """
         if not self._closed:
             try:
-                self._ticks.take(self.clock.now, wait=True)
+                self._ticks.take(wait=True)
             finally:
                 self._let_go()
 
@@ -295,7 +295,7 @@ class Observer:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint of the training."""
-        self._ticks.take(self.clock.now, wait=True)
+        self._ticks.take(wait=True)
         clock = self.clock.state_dict()
         return {
             "clock": clock,
@@ -311,7 +311,7 @@ class Observer:
         self._measured = dict(state["measured"])
         self._edits.load_state_dict(state["edits"])
         self.steps_taken = state["steps_taken"]
-        self._ticks.take(self.clock.now, wait=True)
+        self._ticks.take(wait=True)
         self._ticks.forget()
         self.buffer.truncate(after_step=self.clock.step)
         for row in self._agenda.watched & set(self.buffer):
@@ -325,8 +325,10 @@ class Observer:
             edits.go_on(model)
             edits.end(clock.now)
         while True:
-            rows, calls, begin = self._agenda.rows(clock) - done, self._agenda.tell(clock), edits.due(clock)
+            rows, calls = self._agenda.rows(clock), self._agenda.tell(clock)
+            begin = edits.due(clock) if edits else ()
             clock.asked()
+            rows -= done
             if rows and self._tick(model, rows):
                 done |= rows
             for call in calls:

@@ -102,11 +102,10 @@ class Ticks:
             self._skip(due.now, "background", "the process that measures is behind")
         return handed
 
-    def take(self, now: Times, *, wait: bool = False) -> None:
+    def take(self, *, wait: bool = False) -> None:
         """Commit what was measured in the background by now.
 
         Args:
-            now: the moment.
             wait: for everything that was handed over.
         """
         if self._worker is None or not (self._worker.busy or wait):
@@ -115,7 +114,7 @@ class Ticks:
         try:
             self._worker.collect(wait=wait)
         except WorkerError as error:
-            self._failed(now, "background", error)
+            self._failed(self.clock.now, "background", error)
         finally:
             while self._worker.inbox:
                 self._settle(self._worker.inbox.popleft())

@@ -20,7 +20,7 @@ Scale = Literal["optim_steps", "batches", "epochs", "frames", "seconds"]
 _FIELD = {"optim_steps": "step", "batches": "batches", "epochs": "epoch", "frames": "frames", "seconds": "seconds"}
 
 
-def _reading(times: Times | None, scale: str) -> float:
+def _reading(times: Times | Clock | None, scale: str) -> float:
     return -1 if times is None else getattr(times, _FIELD[scale])
 
 
@@ -107,14 +107,14 @@ class Every(Trigger):
         if not self.period > 0:
             raise SettingsError(f"Every needs a positive period, got {self.period}")
 
-    @property
+    @cached_property
     def scale(self) -> str:
         """The scale that is counted."""
         if self.fraction is not None:
             return "frames" if self.total_frames is not None else "optim_steps"
         return next(name for name in _FIELD if getattr(self, name) is not None)
 
-    @property
+    @cached_property
     def period(self) -> float:
         """The distance between boundaries, on that scale."""
         if self.fraction is not None:
@@ -125,7 +125,7 @@ class Every(Trigger):
         """Whether a multiple of the period was crossed."""
         # 1e-9 of a period: a fraction of a total is rarely exact in floating point
         last = max(_reading(clock.before, self.scale), 0)
-        return math.floor(_reading(clock.now, self.scale) / self.period + 1e-9) > math.floor(last / self.period + 1e-9)
+        return math.floor(_reading(clock, self.scale) / self.period + 1e-9) > math.floor(last / self.period + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class When(Trigger):
 
 
 def _crossed(steps: tuple[int, ...], scale: str, clock: Clock) -> bool:
-    before, now = _reading(clock.before, scale), _reading(clock.now, scale)
+    before, now = _reading(clock.before, scale), _reading(clock, scale)
     return any(before < step <= now for step in steps)
 
 
