@@ -276,7 +276,7 @@ class Observer:
         subject = cast(Subject, self.subject)
         memo = self._memo.setdefault(name, {}) if source.fixed else {}
         tick = Tick(self.clock.now, self.seed, self._recorder.previous(name), memo)
-        with subject.view.open(seed=tick.generator("model").initial_seed()):
+        with subject.open(tick.generator("model").initial_seed(), source.batch):
             return measure(subject, self.methods, source, tick, self._failed), subject.fingerprint()
 
     def _skip(self, why: str, detail: str) -> None:
