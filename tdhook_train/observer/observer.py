@@ -219,6 +219,7 @@ class Observer:
         if not self._closed:
             self._closed = True
             self.undo.close()
+            self.sources.close()
             self.subject = None
             self._live.clear()
             self._memo.clear()
