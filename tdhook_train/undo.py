@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,9 +13,10 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Undo", "devices_of", "kept_buffers", "kept_rng", "parts_of", "remove_all"]
+__all__ = ["Undo", "devices_of", "kept_buffers", "kept_rng", "leave_rng", "parts_of", "remove_all"]
 
 _ABSENT = object()
+_here = threading.local()  # .left: whether this thread leaves random states alone
 
 
 class Undo(ExitStack):
@@ -74,7 +76,10 @@ def devices_of(modules: Iterable[nn.Module]) -> set[torch.device]:
 
 @contextmanager
 def kept_rng(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Put the random states of the CPU and of these devices back on the way out."""
+    """Put the random states of the CPU and of these devices back on the way out, but in :func:`leave_rng`."""
+    if getattr(_here, "left", False):
+        yield
+        return
     # not fork_rng, which asks every GPU of the machine, and takes several times as long where there is none
     before = torch.default_generator.get_state()
     others = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
@@ -84,6 +89,16 @@ def kept_rng(devices: Iterable[torch.device]) -> Iterator[None]:
         torch.default_generator.set_state(before)
         for device, state in others:
             torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def leave_rng() -> Iterator[None]:
+    """Let :func:`kept_rng` do nothing in this thread: other threads draw, and what they draw must not be taken back."""
+    before, _here.left = getattr(_here, "left", False), True
+    try:
+        yield
+    finally:
+        _here.left = before
 
 
 @contextmanager

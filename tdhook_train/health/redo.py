@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tdhook_train.edit import Rewrite, Rewritten
 from tdhook_train.errors import SettingsError
@@ -18,7 +19,6 @@ from tdhook_train.isolation import private_copy
 from tdhook_train.method import Seen, look
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.units import dormancy, padded
-from tdhook_train.undo import kept_rng
 
 __all__ = ["ReDo"]
 
@@ -141,6 +141,21 @@ def _passes_on(module: nn.Module, value: Tensor, made: Tensor) -> bool:
     return next(module.parameters(), None) is None and value.numel() == made.numel()
 
 
+class _DrawnFrom(TorchFunctionMode):
+    """Lets what draws in place draw from a generator, rather than from that of the process."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self._generator = generator
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        # a tensor's, or one of torch.nn.init, whose own calls do not come by here
+        if func in (Tensor.uniform_, Tensor.normal_) or "generator" in getattr(func, "__annotations__", {}):
+            kwargs["generator"] = kwargs.get("generator") or self._generator
+        return func(*args, **kwargs)
+
+
 class _Parameters:
     """New values of some entries of a model's parameters."""
 
@@ -151,8 +166,7 @@ class _Parameters:
     def draw(self, site: str, units: Tensor, generator: torch.Generator) -> None:
         """Draw the weights that go into some units as the layer does when it is made."""
         fresh = private_copy(self._model.module_of(site)).cpu()
-        with kept_rng(()):
-            torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        with _DrawnFrom(generator):
             cast(Any, fresh).reset_parameters()
         for name, value in fresh.named_parameters():
             self._write(f"{site}.{name}", value.detach().to(units.device), units.view(-1, *[1] * (value.ndim - 1)))

@@ -8,14 +8,21 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from tdhook_train.undo import devices_of, kept_buffers, kept_rng, parts_of
+from tdhook_train.undo import devices_of, kept_buffers, kept_rng, leave_rng, parts_of
 
 __all__ = ["in_place", "keep_rng"]
 
 
 @contextmanager
-def keep_rng(modules: Iterable[nn.Module], seed: int) -> Iterator[None]:
-    """Seed the random states of the CPU and of every device in use, and put the old ones back."""
+def keep_rng(modules: Iterable[nn.Module], seed: int | None) -> Iterator[None]:
+    """Seed the random states of the CPU and of every device in use, and put the old ones back.
+
+    With None, leave them alone: they are the process's, and other threads may draw meanwhile.
+    """
+    if seed is None:
+        with leave_rng():
+            yield
+        return
     devices = devices_of(part for module in modules for part in parts_of(module))
     with kept_rng(devices):
         # not torch.manual_seed, which seeds every GPU of the machine, also those whose state is not kept here
@@ -28,11 +35,12 @@ def keep_rng(modules: Iterable[nn.Module], seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def in_place(model: nn.Module, seed: int) -> Iterator[None]:
+def in_place(model: nn.Module, seed: int | None) -> Iterator[None]:
     """Hold a live module still while it is measured.
 
     Training flags are saved and restored per module, not by ``.train()``, which would wake a frozen BatchNorm.
-    Buffers, gradients, ``requires_grad`` and random states return to what they were, on every way out.
+    Buffers, gradients, ``requires_grad`` and random states return to what they were, on every way out; the last are
+    left alone where ``seed`` is None.
     """
     parts = parts_of(model)
     flags = [(module, module.training) for module in parts]

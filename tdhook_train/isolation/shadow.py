@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from tdhook_train.errors import NetworkError
+from tdhook_train.isolation.drawing import accompanied
 from tdhook_train.isolation.networks import Network
 from tdhook_train.undo import kept_rng
 
@@ -35,7 +37,7 @@ def private_copy(module: nn.Module) -> nn.Module:
     """
     # hooks are left out of the copy, not copied and cleared: they may hold what cannot or should not be copied
     hooks = [getattr(part, name) for part in module.modules() for name in _HOOKS if hasattr(part, name)]
-    with kept_rng(()):
+    with nullcontext() if accompanied() else kept_rng(()):  # a copy hardly ever draws, another thread may
         try:
             twin = copy.deepcopy(module, {id(hook): _own(hook) for hook in hooks} | _computed(module))
         except (RuntimeError, TypeError) as error:

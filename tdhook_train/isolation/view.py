@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from tensordict import NestedKey
-from tensordict.nn import InteractionType, set_interaction_type
 from torch import nn
 
 from tdhook_train.errors import NetworkError
+from tdhook_train.isolation.acting import deterministic
 from tdhook_train.isolation.in_place import in_place, keep_rng
 from tdhook_train.isolation.networks import is_loss, networks
 from tdhook_train.isolation.shadow import Shadow
@@ -29,8 +29,11 @@ class View(Protocol):
     def in_keys(self) -> Mapping[str, Sequence[NestedKey]]:
         """What networks read that are no TensorDict modules, as far as the loss says."""
 
-    def open(self, seed: int) -> AbstractContextManager[None]:
-        """A context in which the modules hold the present weights and nothing done to them is seen outside."""
+    def open(self, seed: int | None) -> AbstractContextManager[None]:
+        """A context in which the modules hold the present weights and nothing done to them is seen outside.
+
+        Random states follow from ``seed`` and are put back; with None they are left alone.
+        """
 
 
 class CopiesView:
@@ -48,9 +51,9 @@ class CopiesView:
         self.in_keys = in_keys or {}
 
     @contextmanager
-    def open(self, seed: int) -> Iterator[None]:
+    def open(self, seed: int | None) -> Iterator[None]:
         """Let policies act by their mode, and draws follow from ``seed``."""
-        with keep_rng(self.modules.values(), seed), set_interaction_type(InteractionType.DETERMINISTIC):
+        with keep_rng(self.modules.values(), seed), deterministic():
             yield
 
 
@@ -64,7 +67,7 @@ class ShadowView(CopiesView):
         super().__init__({name: shadow.module for name, shadow in self._shadows.items()}, in_keys)
 
     @contextmanager
-    def open(self, seed: int) -> Iterator[None]:
+    def open(self, seed: int | None) -> Iterator[None]:
         """Give the copies the present weights as well."""
         with super().open(seed):
             for shadow in self._shadows.values():
@@ -85,9 +88,9 @@ class LiveView:
         return {"": self._model}
 
     @contextmanager
-    def open(self, seed: int) -> Iterator[None]:
+    def open(self, seed: int | None) -> Iterator[None]:
         """Evaluation mode, nothing kept: flags, buffers, gradients and random states return to what they were."""
-        with in_place(self._model, seed), set_interaction_type(InteractionType.DETERMINISTIC):
+        with in_place(self._model, seed), deterministic():
             yield
 
 

@@ -86,7 +86,7 @@ class Background:
             self._exchange(wait=True)
         if self._full:
             return False
-        with subject.view.open(seed=0):
+        with subject.view.open(None):
             sources = [(name, self._unless_sent(name, source)) for name, source in due.sources]
             job = Job(replace(due, sources=sources), subject.weights(), self._forget)
             self._outbox.append(pickle.dumps(job))

@@ -108,7 +108,7 @@ class Edits:
         """Write weights anew, from what one batch shows."""
         method, began = cast(Rewrite, self._edits[name].edit), time.perf_counter()
         tick = Tick(now, self._seed)
-        with subject.view.open(seed=tick.generator("model").initial_seed()):
+        with subject.open(tick.generator("model").initial_seed(), source[1].batch):
             parts = {n: p for n, p in see(subject, {name: [method]}, source[1], tick).items() if not _is_target(n)}
             told = {n: part.told(**tick.told(name, 0)) for n, part in parts.items()}
             measured = method.across(told)

@@ -68,8 +68,8 @@ class ProbeSet:
         """Keep the first frames that a TorchRL collector gives out, whole trajectories in time order.
 
         The collector's batches are copied as they pass, by its ``postproc`` slot, which is put back when there are
-        enough. A trajectory that is cut off at the end is dropped, unless there is no other. Until then the probe set
-        is not :attr:`ready` and ticks on it are skipped.
+        enough, or when an observer on them is closed. A trajectory that is cut off at the end is dropped, unless there
+        is no other. Until then the probe set is not :attr:`ready` and ticks on it are skipped.
 
         Args:
             collector: a TorchRL collector that runs in this process; None to call :meth:`add` by hand.
@@ -91,6 +91,10 @@ class ProbeSet:
             if self._pending.full:
                 self._fix(self._pending.whole_trajectories())
         return batch
+
+    def release(self) -> None:
+        """Let go of the collector; a probe set that is still filling is then filled by :meth:`add` alone."""
+        self._pending.undo.close()
 
     def take_over(self, other: ProbeSet) -> None:
         """Become another, complete probe set, as a resumed run needs that has collected its first frames before."""

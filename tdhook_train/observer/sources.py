@@ -133,6 +133,11 @@ class Sources:
         """Return the probe sets that are not complete."""
         return [source for _, source in self._probe_sets() if not source.ready]
 
+    def close(self) -> None:
+        """Let probe sets that are still filling go of their collectors."""
+        for source in self.unready():
+            source.release()
+
     def _probe_sets(self) -> Iterator[tuple[str, ProbeSet]]:
         return ((name, source) for name, source in self._named.items() if isinstance(source, ProbeSet))
 

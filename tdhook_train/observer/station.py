@@ -67,7 +67,7 @@ class Station:
         methods = {row: self.methods[row] for row in self.methods if row in due}
         previous = self._previous.setdefault(name, {})
         tick = Tick(now, self.seed, {row: previous.get(row) for row in methods}, self._memo_of(name, source))
-        with subject.view.open(seed=tick.generator("model").initial_seed()):
+        with subject.open(tick.generator("model").initial_seed(), source.batch):
             rows = measure(subject, methods, source, tick, failed)
             weights = subject.fingerprint()
         previous |= {row.name: row.measured.tensordict() for row in rows}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from tdhook_train.errors import NetworkError, SchemaError
 from tdhook_train.hooks import HookedModel
-from tdhook_train.isolation import CopiesView, View, is_loss, isolated, private_copy, take_over
+from tdhook_train.isolation import CopiesView, View, accompanied, draws, is_loss, isolated, private_copy, take_over
+from tdhook_train.method import look
 from tdhook_train.ops.files import whole_file
 from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.undo import devices_of, kept_rng
@@ -39,7 +42,23 @@ class Subject:
             for name, module in self.view.modules.items()
         }
         self.initial: dict[str, HookedModel] = {}
+        self._draws: dict[str, bool] = {}  # whether a network draws, as far as it was asked
         self._row_by_row: set[tuple[str, tuple[int, ...]]] = set()  # networks known to take rows one by one
+
+    def open(self, seed: int, batch: TensorDictBase) -> AbstractContextManager[None]:
+        """Open the view for a measurement on a batch.
+
+        What networks draw follows from ``seed``: the process's generators are seeded, and put back. Where no network
+        draws and other threads run, such as a collector's, the generators are left to those.
+        """
+        return self.view.open(None if accompanied() and not self._any_draws(batch) else seed)
+
+    def _any_draws(self, batch: TensorDictBase) -> bool:
+        if not self._draws.keys() >= self.networks.keys():
+            with self.view.open(None):
+                for name, hooked in self.networks.items():
+                    self._draws[name] = draws(partial(look, hooked, batch.to(hooked.device()), ()))
+        return any(self._draws.values())
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what another process needs: private copies of the networks, which hold what :meth:`take` gave them."""
@@ -62,7 +81,7 @@ class Subject:
     def remember_initial(self) -> None:
         """Take the present weights as those of the network at initialisation."""
         try:
-            with self.view.open(seed=0):
+            with self.view.open(None if accompanied() else 0):
                 copies = {name: private_copy(hooked.module) for name, hooked in self.networks.items()}
         except NetworkError as error:
             warnings.warn(f"no baseline at initialisation: {error}", stacklevel=2)

@@ -138,6 +138,7 @@ class Ticks:
         """Let go of batches, and end the process in the background, whatever it does."""
         if self._worker is not None:
             self._worker.close()
+        self.sources.close()
         self.live.clear()
         self.forget()
 

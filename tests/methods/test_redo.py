@@ -83,6 +83,22 @@ def test_new_weights_are_drawn_as_the_layers_own_are():
     assert not torch.equal(new, other)
 
 
+class Own(nn.Linear):
+    def reset_parameters(self):
+        nn.init.constant_(self.weight, 0.25)
+        nn.init.trunc_normal_(self.bias)
+
+
+def test_a_layers_own_way_to_begin_is_kept_and_the_processs_generator_is_not_drawn_from():
+    model = nn.Sequential(Own(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    asleep(model[0], 2)
+    x, rng = torch.randn(8, 3), torch.get_rng_state()
+    one, other = (rewritten(ReDo(tau=0.0), model, x, seed)["0.bias"].value[2] for seed in (0, 1))
+    assert one != other
+    assert (rewritten(ReDo(tau=0.0), model, x)["0.weight"].value == 0.25).all()
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
 @pytest.mark.parametrize("tau", [0.0, 0.025, 0.5])
 def test_a_unit_is_dormant_as_the_health_measure_says(tau):
     model, x = mlp(), torch.randn(64, 3)

@@ -1,0 +1,53 @@
+"""Whether a network draws random numbers, and whether there are other threads that may."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["accompanied", "draws"]
+
+_HARMLESS = ("TMonitor", "QueueFeederThread")  # of tqdm and multiprocessing: by class or by name
+
+
+class _Drew(BaseException):
+    """Nothing that a network catches."""
+
+
+class _Refuse(TorchDispatchMode):
+    """Stops at the first operation of this thread that would draw, before it has drawn."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise _Drew
+        return func(*args, **(kwargs or {}))
+
+
+def draws(call: Callable[[], Any]) -> bool:
+    """Whether a call would draw random numbers; nothing is drawn to find out.
+
+    A call that fails is none that draws: whoever makes it in earnest is told why it fails.
+    """
+    try:
+        with torch.no_grad(), _Refuse():
+            call()
+    except _Drew:
+        return True
+    except Exception:  # whatever the user's network raises
+        return False
+    return False
+
+
+def accompanied() -> bool:
+    """Whether other threads run that may draw from the process's generators."""
+    me = threading.current_thread()
+    return any(thread is not me and not _harmless(thread) for thread in threading.enumerate())
+
+
+def _harmless(thread: threading.Thread) -> bool:
+    known = type(thread).__name__ in _HARMLESS or thread.name in _HARMLESS
+    return known or isinstance(thread, threading.Timer)  # the buffer's own
