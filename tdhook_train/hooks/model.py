@@ -113,9 +113,16 @@ class HookedModel:
         for key, value in given.items():
             if value is None:
                 known = [str(key) for key in inputs.keys(include_nested=True, leaves_only=True)]
-                raise KeyMissingError(
-                    f"input {key!r} of {self.title} is not in the batch{did_you_mean(str(key), known)}"
-                )
+                near = self._how_to_get(key) or did_you_mean(str(key), known)
+                raise KeyMissingError(f"input {key!r} of {self.title} is not in the batch{near}")
+
+    def _how_to_get(self, key: NestedKey) -> str:
+        """Say how the hidden state of one of TorchRL's recurrent modules comes into a batch."""
+        for path, module in walk(self.module):
+            if hasattr(module, "make_tensordict_primer") and key in list(getattr(module, "in_keys", ()))[1:]:
+                way = "InitTracker()" if key == "is_init" else "<module>.make_tensordict_primer()"
+                return f": {path!r} ({type(module).__name__}) reads it at each step; add env.append_transform({way})"
+        return ""
 
     @cached_property
     def _fused(self) -> tuple[bool, bool]:
@@ -251,6 +258,10 @@ class HookedModel:
     def kind(self, site: str) -> str:
         """Return the class name of the module behind a site."""
         return type(self.module_of(site)).__name__
+
+    def row_axis(self, site: str) -> int:
+        """Say along which dimension of a site's value the rows of the batch lie: hidden states have layers in front."""
+        return int(isinstance(self.module_of(site), nn.RNNBase) and parse(site).items[:1] == (1,))
 
     def device(self) -> torch.device:
         """Return where the model's first parameter or buffer lies (the CPU where it has none)."""
