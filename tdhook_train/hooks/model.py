@@ -18,6 +18,7 @@ from tdhook_train.hooks.kernels import layer_by_layer
 from tdhook_train.hooks.paths import Selection, Selector, chooser, is_pattern, module_at, parse, selectors, shown, walk
 from tdhook_train.hooks.place import place, refuse_ignored, setters_at
 from tdhook_train.hooks.run import Run
+from tdhook_train.hooks.sequences import refuse_part
 from tdhook_train.hooks.trace import TracedSite, select, trace
 from tdhook_train.hooks.unwrap import unwrapped
 from tdhook_train.keys import dotted, path_of
@@ -69,6 +70,8 @@ class HookedModel:
         self._keywords = dict(in_keys) if isinstance(in_keys, Mapping) else {}
         self.in_keys: list[NestedKey] = [in_keys] if isinstance(in_keys, str) else list(in_keys or own[0])
         self.out_keys: list[NestedKey] = [out_keys] if isinstance(out_keys, str) else list(out_keys or own[1])
+        self.sequences: tuple[int, ...] | None = None
+        """Shape of the batch whose rows come laid end to end, where the network handles time: ``[sequences, time]``."""
         self._trace: tuple[TracedSite, ...] | None = None
         self._selected: dict[tuple[Selector, ...], tuple[str, ...]] = {}
 
@@ -94,6 +97,10 @@ class HookedModel:
         if not isinstance(inputs, TensorDictBase):
             example = f"TensorDict({self.in_keys[0]}=x, batch_size=[len(x)])"
             raise SettingsError(f"{self.title} takes a TensorDict, e.g. {example}; got {type(inputs).__name__}")
+        if self.sequences is not None and tuple(inputs.batch_size) != self.sequences:
+            refuse_part(self.title, self.sequences, inputs.numel(), whole=batched)
+            whole = self.forward(inputs.reshape(self.sequences), lend=lend)
+            return whole.reshape(-1) if tuple(whole.batch_size) == self.sequences else whole
         copied = _lent if lend else _copied
         given = {key: copied(inputs.get(key, None)) for key in self.in_keys}
         self._refuse_missing(given, inputs)

@@ -54,8 +54,7 @@ class ProbeSet:
         self._pending = _Pending(0)
         self.shape: tuple[int, ...] = ()  # of the batch that was laid end to end
         if td is not None:
-            self.shape = tuple(td.batch_size)
-            self._fix(_rows(td))
+            self._fix(_rows(td), tuple(td.batch_size))
 
     @classmethod
     def first(
@@ -95,7 +94,7 @@ class ProbeSet:
     def take_over(self, other: ProbeSet) -> None:
         """Become another, complete probe set, as a resumed run needs that has collected its first frames before."""
         self._wanted = "rows" if other.independent else "auto" if other.groups is None else other.groups
-        self._fix(other.td)
+        self._fix(other.td, other.shape)
 
     @property
     def ready(self) -> bool:
@@ -120,8 +119,9 @@ class ProbeSet:
         many = "unknown" if self.groups is None else len(self.groups.unique())
         return f"ProbeSet({len(self)} rows, trajectories: {many}, {self.fingerprint:#x})"
 
-    def _fix(self, td: TensorDictBase) -> None:
+    def _fix(self, td: TensorDictBase, shape: tuple[int, ...] | None = None) -> None:
         self._td = td
+        self.shape = tuple(td.batch_size) if shape is None else shape
         self.groups = _groups(td, self._wanted)
         self.independent = isinstance(self._wanted, str) and self._wanted == "rows"
         self.ordered = self.groups is not None and not self.independent and in_blocks(self.groups)
@@ -139,6 +139,7 @@ class ProbeSet:
         """Write the probe set to one file."""
         names = [[list(path_of(key)), labels] for key, labels in self.feature_names.items()]
         state = {"td": self.td.cpu().to_dict(), "groups": self.groups, "independent": self.independent, "names": names}
+        state["shape"] = list(self.shape)
         with whole_file(Path(path)) as partial:
             torch.save(state, partial)
 
@@ -151,7 +152,8 @@ class ProbeSet:
         rows = len(next(iter(TensorDict(state["td"]).values(include_nested=True, leaves_only=True))))
         names = {tuple(key) if len(key) > 1 else key[0]: labels for key, labels in state["names"]}
         groups = "rows" if state["independent"] else "auto" if state["groups"] is None else state["groups"]
-        return cls(TensorDict(state["td"], batch_size=[rows]), groups=groups, feature_names=names)
+        td = TensorDict(state["td"], batch_size=[rows]).reshape(state.get("shape", [rows]))
+        return cls(td, groups=groups, feature_names=names)
 
 
 def copied(batch: TensorDictBase) -> TensorDictBase:
