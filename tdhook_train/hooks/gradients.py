@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from tdhook_train.errors import ResolveError, TargetError, did_you_mean
+from tdhook_train.hooks.agents import one_of
 from tdhook_train.hooks.items import pick, put
 from tdhook_train.hooks.members import Members
 from tdhook_train.hooks.sequences import end_to_end
@@ -78,7 +79,7 @@ class _Watch:
     arrived: Tensor | None = None
 
     def takes(self, proxy: GradientProxy, gradient: Tensor) -> None:
-        self.arrived = proxy.keep.of(end_to_end(gradient, proxy.sequences), proxy)
+        self.arrived = proxy.keep.of(end_to_end(one_of(gradient, proxy.site, proxy.batch), proxy.sequences), proxy)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tdhook_train.errors import ResolveError, SetterError
+from tdhook_train.hooks.agents import agent_of, one_of, with_one
 from tdhook_train.hooks.items import pick, put
 from tdhook_train.hooks.members import Members
 from tdhook_train.hooks.paths import Site
@@ -180,11 +181,12 @@ class Proxy(_Counted):
         tensor = value if isinstance(value, Tensor) and not self.site.items else pick(value, self.site)
         if self.keep is COPY and not (self.feeds or torch.is_inference_mode_enabled() or Members.are_in(tensor)):
             # as below, without the steps that would do nothing
-            self.found.append(end_to_end(tensor.detach().clone(), self.sequences))
+            self.found.append(end_to_end(one_of(tensor, self.site, self.batch).detach().clone(), self.sequences))
             return value
         members = Members.of(tensor, self.batch)
         whole = tensor if members is None else members.seen(members.raw)
-        seen = end_to_end(whole, self.sequences)
+        mine = one_of(whole, self.site, self.batch)
+        seen = end_to_end(mine, self.sequences)
         if self.feeds:
             self.live.append(replace(self.keep, detach=False).of(seen, self))
         if self.keep.detach or not tensor.is_floating_point():
@@ -192,7 +194,7 @@ class Proxy(_Counted):
             return value
         root = in_graph(seen)
         self.found.append(root if self.keep == Keep(detach=False) else self.keep.of(root, self))
-        onward = in_sequences(root.clone(), self.sequences, whole.shape)
+        onward = with_one(whole, in_sequences(root.clone(), self.sequences, mine.shape), self.site, self.batch)
         return put(value, self.site.items, onward if members is None else members.hidden(onward), steps.given)
 
     def finish(self) -> None:
@@ -224,6 +226,14 @@ class Setter(_Counted):
             SetterError: the function returned None (saying whether it changed the value in place), or the new value
                 has another shape, dtype or device.
         """
+        if agent_of(self.site.items) is None:
+            return self._new(before)
+        members = Members.of(before, self.batch)
+        whole = before if members is None else members.seen(members.raw)
+        new = with_one(whole, self._new(one_of(whole, self.site, self.batch)), self.site, self.batch)
+        return new if members is None else members.hidden(new, behind=new.ndim - whole.ndim)
+
+    def _new(self, before: Tensor) -> Tensor:
         value = self._given(before)
         if not isinstance(value, Tensor):
             raise SetterError(f"setting {self.where}: expected a tensor, got {type(value).__name__}")

@@ -158,7 +158,7 @@ def test_values_of_the_whole_batch_can_be_set_and_read_with_their_graph():
         gradient = run.get_grad("inner")
     assert inner.resolve().shape == (20, 4)
     assert_close(gradient.resolve(), torch.arange(5, 0, -1).repeat(4)[:, None] * net.head.weight.sum(0).detach())
-    for value in (inner.resolve().detach() * 2, lambda h: h * 2):
+    for value in (inner.resolve().detach() * 2, lambda h: h * torch.full((20, 1), 2.0)):
         with hooked.run(rows) as run:
             run.set("inner", value)
         assert_close(run.output["output"], by_hand(twice, td))
