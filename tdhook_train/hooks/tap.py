@@ -246,9 +246,8 @@ class Setter(_Counted):
             return self._of_proxy(self.value)
         if not callable(self.value):
             return self.value
-        mine = end_to_end(
-            before.clone(), self.sequences
-        )  # the function may work in place, and the module may have given its own input on
+        # a copy: the function may work in place, and the module may have given its own input on
+        mine = end_to_end(before.clone(), self.sequences)
         version = _version(mine)
         value = self.value(mine)
         if value is None:

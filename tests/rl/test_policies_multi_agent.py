@@ -181,3 +181,16 @@ def test_losses_of_several_agents_name_the_agents_of_each_layer(name, expected, 
         inner = [layer.rpartition("_empty_net.")[2] for layer in found if layer.startswith(f"{network}.")]
         numbers = [f":agent {i}" for i in range(agents)] or [""]
         assert inner == [f"{layer}{agent}" for layer in range(3) for agent in numbers]
+
+
+def test_copies_of_one_agents_values_meet_the_others_as_they_are():
+    net, td = policy(share=False), batch()
+    model = hooked(net.module[0], plain := TensorDict(input=td["agents", "obs"], batch_size=[ROWS]))
+    copies = torch.stack([hidden(net, td, 1), torch.zeros(ROWS, UNITS)])
+    with model.run(plain) as run:
+        run.set("_empty_net.0:agent 1", copies, copies=2)
+        after = run.get("_empty_net.1")
+    found = after.resolve()  # [agent, copy, row, unit]: behind two dimensions, the batch is not the first one
+    for agent in (0, 2):
+        assert_close(found[agent], hidden(net, td, agent).tanh().expand(2, ROWS, UNITS))
+    assert_close(found[1], copies.tanh())
