@@ -20,7 +20,7 @@ from tdhook_train.hooks.place import place, refuse_ignored, setters_at
 from tdhook_train.hooks.run import Run
 from tdhook_train.hooks.sequences import refuse_part
 from tdhook_train.hooks.trace import TracedSite, select, trace
-from tdhook_train.hooks.unwrap import unwrapped
+from tdhook_train.hooks.unwrap import inputs_of, unwrapped
 from tdhook_train.keys import dotted, path_of
 from tdhook_train.undo import Undo, parts_of
 
@@ -66,7 +66,7 @@ class HookedModel:
         self._speaks_tensordict = isinstance(self.module, TensorDictModuleBase)
         own: tuple[Any, Any] = (["input"], ["output"])
         if isinstance(self.module, TensorDictModuleBase):
-            own = (self.module.in_keys, self.module.out_keys)
+            own = (inputs_of(self.module), self.module.out_keys)
         self._keywords = dict(in_keys) if isinstance(in_keys, Mapping) else {}
         self.in_keys: list[NestedKey] = [in_keys] if isinstance(in_keys, str) else list(in_keys or own[0])
         self.out_keys: list[NestedKey] = [out_keys] if isinstance(out_keys, str) else list(out_keys or own[1])
