@@ -122,7 +122,7 @@ class ProbeSet:
     def _fix(self, td: TensorDictBase, shape: tuple[int, ...] | None = None) -> None:
         self._td = td
         self.shape = tuple(td.batch_size) if shape is None else shape
-        self.groups = _groups(td, self._wanted)
+        self.groups = _groups(td, self._wanted, self.shape)
         self.independent = isinstance(self._wanted, str) and self._wanted == "rows"
         self.ordered = self.groups is not None and not self.independent and in_blocks(self.groups)
         self.fingerprint = fingerprint(td)
@@ -206,7 +206,7 @@ class _Pending:
         steps = self.frames // max(joined.numel() // joined.shape[-1], 1)
         joined = joined[..., :steps]
         td = _rows(joined)
-        groups = _groups(td, "auto")
+        groups = _groups(td, "auto", tuple(joined.shape))
         if groups is None:
             return td
         last = _done(td)
@@ -227,7 +227,7 @@ def _done(td: TensorDictBase) -> Tensor | None:
     return None if key is None else td.get(key).reshape(len(td), -1).any(1)
 
 
-def _groups(td: TensorDictBase, wanted: Groups) -> Tensor | None:
+def _groups(td: TensorDictBase, wanted: Groups, shape: tuple[int, ...]) -> Tensor | None:
     if isinstance(wanted, Tensor):
         if wanted.numel() != len(td):
             raise GroupsError(f"groups has {wanted.numel()} entries for {len(td)} rows")
@@ -241,5 +241,9 @@ def _groups(td: TensorDictBase, wanted: Groups) -> Tensor | None:
     if wanted != "auto":
         raise KeyMissingError(f"groups={wanted!r} is no key of the probe set")
     done = _done(td)
-    # a new trajectory begins on the row after a done flag
-    return None if done is None else torch.cat([torch.zeros(1, dtype=torch.int64), done[:-1].cpu().long().cumsum(0)])
+    if done is None:
+        return None
+    # a new trajectory begins on the row after a done flag, and with each environment
+    begins = done.cpu().roll(1)
+    begins.view(-1, shape[-1])[:, 0] = True
+    return begins.long().cumsum(0) - 1
