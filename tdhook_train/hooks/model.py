@@ -187,7 +187,7 @@ class HookedModel:
     def trace(self, inputs: TensorDictBase) -> tuple[TracedSite, ...]:
         """List the sites in the order in which they run; one pass without gradients, the first time only."""
         if self._trace is None:
-            self._trace = trace(self.module, lambda: self.forward(inputs), self.sequences or tuple(inputs.batch_size))
+            self._trace = trace(self.module, lambda: self.forward(inputs), self.sequences or tuple(inputs.shape))
         return self._trace
 
     @property
