@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tensordict import NestedKey, TensorDictBase
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook_train.errors import KeyMissingError, SettingsError, TargetError
+from tdhook_train.errors import KeyMissingError, NetworkError, SettingsError, TargetError
 from tdhook_train.hooks import HookedModel
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
@@ -17,6 +18,8 @@ from tdhook_train.ops.targets import explained, named
 from tdhook_train.ops.units import evenly_spaced
 
 __all__ = ["Attribution"]
+
+_IMAGE = ("channel", "height", "width")
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,11 @@ class Attribution(Method):
             named(self.targets)
 
     def dims(self, key: NestedKey, ndim: int) -> tuple[str, ...]:
-        """One target alone has no dimension of its own."""
-        if self._many:
-            return super().dims(key, ndim)
-        return tuple(name for name in super().dims(key, ndim + 1) if name != "target")
+        """One target alone has no dimension of its own; features in three dimensions are those of an image."""
+        names = super().dims(key, ndim if self._many else ndim + 1)
+        if names[-3:] == tuple(f"feature_{i}" for i in range(3)):
+            names = (*names[:-3], *_IMAGE)
+        return tuple(name for name in names if self._many or name != "target")
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """Targets, the rows of the batch, and the features of the input."""
@@ -74,10 +78,31 @@ class Attribution(Method):
         return evenly_spaced(len(seen.batch), self.rows).to(model.device())
 
     def _inputs(self, seen: Seen, model: HookedModel) -> dict[NestedKey, Tensor]:
-        inputs = {key: seen.batch.get(key) for key in model.in_keys}
+        inputs = {key: _as_numbers(seen.batch.get(key)) for key in model.in_keys}
         if not any(value.is_floating_point() for value in inputs.values()):
             kinds = {key: value.dtype for key, value in inputs.items()}
             raise KeyMissingError(f"{type(self).__name__} needs a floating-point input, the model reads {kinds}")
+        return inputs
+
+    def _moving(self, seen: Seen, model: HookedModel) -> dict[NestedKey, Tensor]:
+        """Return the inputs as numbers that can be differentiated.
+
+        Raises:
+            NetworkError: the network gives something else for pixels as floating-point numbers than as bytes.
+        """
+        inputs = self._inputs(seen, model)
+        changed = [key for key, value in inputs.items() if value.dtype != seen.batch.get(key).dtype]
+        if not changed:
+            return inputs
+        batch = TensorDict(dict(inputs), batch_size=seen.batch.batch_size)
+        with torch.no_grad():
+            found = self._explained(model(batch), batch, model)
+        for name, expected in self._explained(seen.batch, seen.batch, model).items():
+            if not torch.allclose(found[name], expected, rtol=1e-3, atol=1e-5, equal_nan=True):
+                raise NetworkError(
+                    f"{type(self).__name__}: {model.title} gives another {name!r} for {changed[0]!r} as floating-point "
+                    "numbers than as bytes, which have no gradient; convert the pixels before the network"
+                )
         return inputs
 
     def _explained(self, outputs: TensorDictBase, inputs: TensorDictBase, model: HookedModel) -> dict[str, Tensor]:
@@ -90,3 +115,8 @@ class Attribution(Method):
         if not self._many and len(found) != 1:
             raise TargetError(f"target {self.targets!r} has {len(found)} features; explain one, or give a list")
         return found
+
+
+def _as_numbers(value: Tensor) -> Tensor:
+    """Bring the bytes of images to floating-point numbers of the same size, which the network then scales."""
+    return value.to(torch.get_default_dtype()) if value.dtype == torch.uint8 and value.ndim > 3 else value

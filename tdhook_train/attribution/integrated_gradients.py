@@ -57,7 +57,7 @@ class IntegratedGradients(Attribution):
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Integrate the gradients of every target over the path."""
-        inputs, index = self._inputs(seen, model), self._index(seen, model)
+        inputs, index = self._moving(seen, model), self._index(seen, model)
         ends = {key: value[index] for key, value in inputs.items()}
         starts = {key: self._baseline(seen, key, inputs[key], index) for key in ends}
         chunks = torch.arange(len(index), device=index.device).split(self.rows_per_pass)

@@ -45,7 +45,7 @@ class Saliency(Attribution):
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Differentiate every target with respect to every floating input."""
-        inputs, index = self._inputs(seen, model), self._index(seen, model)
+        inputs, index = self._moving(seen, model), self._index(seen, model)
         batch = TensorDict({key: value[index] for key, value in inputs.items()}, batch_size=[len(index)])
         found: dict[str, Tensor] = {}
 

@@ -13,8 +13,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from tdhook_train.errors import ResolveError, TargetError, did_you_mean
+from tdhook_train.hooks.agents import one_of
 from tdhook_train.hooks.items import pick, put
 from tdhook_train.hooks.members import Members
+from tdhook_train.hooks.sequences import end_to_end
 from tdhook_train.hooks.tap import Proxy, Setter, Steps, Turn, in_graph
 from tdhook_train.keys import by_name, dotted, split_key
 from tdhook_train.undo import remove_all
@@ -77,7 +79,7 @@ class _Watch:
     arrived: Tensor | None = None
 
     def takes(self, proxy: GradientProxy, gradient: Tensor) -> None:
-        self.arrived = proxy.keep.of(gradient, proxy)
+        self.arrived = proxy.keep.of(end_to_end(one_of(gradient, proxy.site, proxy.batch), proxy.sequences), proxy)
 
 
 @dataclass

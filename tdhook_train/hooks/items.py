@@ -11,6 +11,7 @@ from tensordict import is_non_tensor, is_tensor_collection
 from torch import Tensor
 
 from tdhook_train.errors import PathError, did_you_mean
+from tdhook_train.hooks.agents import without_agent
 from tdhook_train.hooks.arguments import Arguments
 from tdhook_train.hooks.paths import Site
 
@@ -84,6 +85,7 @@ def put(value: Any, items: Place, new: Tensor, given: tuple[Any, ...] = ()) -> A
 
 
 def _way(value: Any, items: Place) -> Place:
+    items = without_agent(items)
     return (0,) if isinstance(value, Arguments) and not items else items  # the first argument, where none is named
 
 

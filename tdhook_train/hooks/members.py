@@ -55,8 +55,8 @@ class Members:
         order = self._order()
         return seen.permute([order.index(i) for i in range(len(order))])
 
-    def hidden(self, seen: Tensor) -> Tensor:
-        """Hide the dimensions of the members again, for use inside vmap."""
+    def hidden(self, seen: Tensor, behind: int = 0) -> Tensor:
+        """Hide the dimensions of the members again, for use inside vmap; ``behind`` more dimensions than they were."""
         for level in self.levels:
-            seen = _functorch._add_batch_dim(seen, self.lead, level)
+            seen = _functorch._add_batch_dim(seen, self.lead + behind, level)
         return seen

@@ -18,8 +18,9 @@ from tdhook_train.hooks.kernels import layer_by_layer
 from tdhook_train.hooks.paths import Selection, Selector, chooser, is_pattern, module_at, parse, selectors, shown, walk
 from tdhook_train.hooks.place import place, refuse_ignored, setters_at
 from tdhook_train.hooks.run import Run
+from tdhook_train.hooks.sequences import refuse_part
 from tdhook_train.hooks.trace import TracedSite, select, trace
-from tdhook_train.hooks.unwrap import unwrapped
+from tdhook_train.hooks.unwrap import inputs_of, unwrapped
 from tdhook_train.keys import dotted, path_of
 from tdhook_train.undo import Undo, parts_of
 
@@ -65,10 +66,12 @@ class HookedModel:
         self._speaks_tensordict = isinstance(self.module, TensorDictModuleBase)
         own: tuple[Any, Any] = (["input"], ["output"])
         if isinstance(self.module, TensorDictModuleBase):
-            own = (self.module.in_keys, self.module.out_keys)
+            own = (inputs_of(self.module), self.module.out_keys)
         self._keywords = dict(in_keys) if isinstance(in_keys, Mapping) else {}
         self.in_keys: list[NestedKey] = [in_keys] if isinstance(in_keys, str) else list(in_keys or own[0])
         self.out_keys: list[NestedKey] = [out_keys] if isinstance(out_keys, str) else list(out_keys or own[1])
+        self.sequences: tuple[int, ...] | None = None
+        """Shape of the batch whose rows come laid end to end, where the network handles time: ``[sequences, time]``."""
         self._trace: tuple[TracedSite, ...] | None = None
         self._selected: dict[tuple[Selector, ...], tuple[str, ...]] = {}
 
@@ -94,6 +97,10 @@ class HookedModel:
         if not isinstance(inputs, TensorDictBase):
             example = f"TensorDict({self.in_keys[0]}=x, batch_size=[len(x)])"
             raise SettingsError(f"{self.title} takes a TensorDict, e.g. {example}; got {type(inputs).__name__}")
+        if self.sequences is not None and tuple(inputs.batch_size) != self.sequences:
+            refuse_part(self.title, self.sequences, inputs.numel(), whole=batched)
+            whole = self.forward(inputs.reshape(self.sequences), lend=lend)
+            return whole.reshape(-1) if tuple(whole.batch_size) == self.sequences else whole
         copied = _lent if lend else _copied
         given = {key: copied(inputs.get(key, None)) for key in self.in_keys}
         self._refuse_missing(given, inputs)
@@ -113,9 +120,16 @@ class HookedModel:
         for key, value in given.items():
             if value is None:
                 known = [str(key) for key in inputs.keys(include_nested=True, leaves_only=True)]
-                raise KeyMissingError(
-                    f"input {key!r} of {self.title} is not in the batch{did_you_mean(str(key), known)}"
-                )
+                near = self._how_to_get(key) or did_you_mean(str(key), known)
+                raise KeyMissingError(f"input {key!r} of {self.title} is not in the batch{near}")
+
+    def _how_to_get(self, key: NestedKey) -> str:
+        """Say how the hidden state of one of TorchRL's recurrent modules comes into a batch."""
+        for path, module in walk(self.module):
+            if hasattr(module, "make_tensordict_primer") and key in list(getattr(module, "in_keys", ()))[1:]:
+                way = "InitTracker()" if key == "is_init" else "<module>.make_tensordict_primer()"
+                return f": {path!r} ({type(module).__name__}) reads it at each step; add env.append_transform({way})"
+        return ""
 
     @cached_property
     def _fused(self) -> tuple[bool, bool]:
@@ -173,7 +187,7 @@ class HookedModel:
     def trace(self, inputs: TensorDictBase) -> tuple[TracedSite, ...]:
         """List the sites in the order in which they run; one pass without gradients, the first time only."""
         if self._trace is None:
-            self._trace = trace(self.module, lambda: self.forward(inputs))
+            self._trace = trace(self.module, lambda: self.forward(inputs), self.sequences or tuple(inputs.shape))
         return self._trace
 
     @property
@@ -251,6 +265,10 @@ class HookedModel:
     def kind(self, site: str) -> str:
         """Return the class name of the module behind a site."""
         return type(self.module_of(site)).__name__
+
+    def row_axis(self, site: str) -> int:
+        """Say along which dimension of a site's value the rows of the batch lie: hidden states have layers in front."""
+        return int(isinstance(self.module_of(site), nn.RNNBase) and parse(site).items[:1] == (1,))
 
     def device(self) -> torch.device:
         """Return where the model's first parameter or buffer lies (the CPU where it has none)."""

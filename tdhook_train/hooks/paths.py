@@ -1,8 +1,9 @@
 """What names a module: a path, a pattern, a class or a predicate.
 
 A *site* is one tensor that a module gives out: ``"encoder.2"``, or ``"head:1"`` for the second of a tuple,
-``"lstm:1:0"`` for an item of an item. Patterns match dotted names segment by segment: ``*`` is one segment, ``**`` any
-number. A pattern that ends in ``**`` names leaf modules only, so that a container does not repeat its last child.
+``"lstm:1:0"`` for an item of an item, ``"net.0:agent 2"`` for the part of one of several agents. Patterns match dotted
+names segment by segment: ``*`` is one segment, ``**`` any number. A pattern that ends in ``**`` names leaf modules
+only, so that a container does not repeat its last child.
 """
 
 from __future__ import annotations

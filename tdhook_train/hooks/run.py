@@ -55,7 +55,9 @@ class Run:
     def __init__(self, model: HookedModel, inputs: TensorDictBase) -> None:
         self._model: HookedModel | None = model
         self._inputs: TensorDictBase | None = inputs
-        self._batch = tuple(inputs.batch_size) if isinstance(inputs, TensorDictBase) else ()
+        given = tuple(inputs.batch_size) if isinstance(inputs, TensorDictBase) else ()
+        self._sequences = None if given == model.sequences else model.sequences  # given whole, they come out whole
+        self._batch = self._sequences or given
         self._taps: dict[tuple[nn.Module, str], list[Tap]] = {}  # (module, "output" or "input") -> taps as written
         self._proxies: list[Proxy | Proxies] = []
         self._set: list[tuple[Selector, list[Setter]]] = []
@@ -150,11 +152,12 @@ class Run:
         self._taps.setdefault((module, where), []).append(tap)
 
     def _read(self, path: Selector, kind: type[Proxy], where: str, call: Call, kept: Kept) -> Any:
-        what, batch, keep = _what(kind, where), self._batch, Keep(**kept) if kept else COPY
+        what, keep = _what(kind, where), Keep(**kept) if kept else COPY
         self._keeps_graph |= not keep.detach and kind is Proxy
+        batch, sequences = self._batch, self._sequences
 
         def make(site: Site) -> Proxy:
-            return kind(site, what, call, batch, keep=keep)
+            return kind(site, what, call, batch, sequences, keep=keep)
 
         chosen = self._open.chosen(path)
         if isinstance(path, str) and not is_pattern(path):
@@ -167,7 +170,7 @@ class Run:
         return proxy
 
     def _write(self, path: Selector, kind: type[Setter], where: str, value: Any, call: Call, **more: Any) -> None:
-        how = {"what": _what(kind, where), "call": call, "batch": self._batch} | more
+        how = {"what": _what(kind, where), "call": call, "batch": self._batch, "sequences": self._sequences} | more
         setters = setters_at(self._open, path, value, kind=kind, **how)
         for module, setter in setters:
             self._add(module, where, setter)

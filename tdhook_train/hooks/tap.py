@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from tdhook_train.errors import ResolveError, SetterError
+from tdhook_train.hooks.agents import agent_of, one_of, with_one
 from tdhook_train.hooks.items import pick, put
 from tdhook_train.hooks.members import Members
 from tdhook_train.hooks.paths import Site
+from tdhook_train.hooks.sequences import end_to_end, in_sequences
 
 __all__ = [
     "COPY",
@@ -117,6 +119,7 @@ class _Counted:
     what: str = "output"  # "output", "input" or "gradient"
     call: Call = 0
     batch: tuple[int, ...] = ()  # size of the pass's batch
+    sequences: tuple[int, ...] | None = None  # that of the same batch, where its rows came laid end to end
     calls: int = 0
     again: bool = False  # the forward pass is over; a module that still runs is computed again (checkpointing)
 
@@ -177,10 +180,13 @@ class Proxy(_Counted):
             return value
         tensor = value if isinstance(value, Tensor) and not self.site.items else pick(value, self.site)
         if self.keep is COPY and not (self.feeds or torch.is_inference_mode_enabled() or Members.are_in(tensor)):
-            self.found.append(tensor.detach().clone())  # as below, without the steps that would do nothing
+            # as below, without the steps that would do nothing
+            self.found.append(end_to_end(one_of(tensor, self.site, self.batch).detach().clone(), self.sequences))
             return value
         members = Members.of(tensor, self.batch)
-        seen = tensor if members is None else members.seen(members.raw)
+        whole = tensor if members is None else members.seen(members.raw)
+        mine = one_of(whole, self.site, self.batch)
+        seen = end_to_end(mine, self.sequences)
         if self.feeds:
             self.live.append(replace(self.keep, detach=False).of(seen, self))
         if self.keep.detach or not tensor.is_floating_point():
@@ -188,7 +194,7 @@ class Proxy(_Counted):
             return value
         root = in_graph(seen)
         self.found.append(root if self.keep == Keep(detach=False) else self.keep.of(root, self))
-        onward = root.clone()
+        onward = with_one(whole, in_sequences(root.clone(), self.sequences, mine.shape), self.site, self.batch)
         return put(value, self.site.items, onward if members is None else members.hidden(onward), steps.given)
 
     def finish(self) -> None:
@@ -220,6 +226,14 @@ class Setter(_Counted):
             SetterError: the function returned None (saying whether it changed the value in place), or the new value
                 has another shape, dtype or device.
         """
+        if agent_of(self.site.items) is None:
+            return self._new(before)
+        members = Members.of(before, self.batch)
+        whole = before if members is None else members.seen(members.raw)
+        new = with_one(whole, self._new(one_of(whole, self.site, self.batch)), self.site, self.batch)
+        return new if members is None else members.hidden(new, behind=new.ndim - whole.ndim)
+
+    def _new(self, before: Tensor) -> Tensor:
         value = self._given(before)
         if not isinstance(value, Tensor):
             raise SetterError(f"setting {self.where}: expected a tensor, got {type(value).__name__}")
@@ -232,7 +246,8 @@ class Setter(_Counted):
             return self._of_proxy(self.value)
         if not callable(self.value):
             return self.value
-        mine = before.clone()  # the function may work in place, and the module may have given its own input on
+        # a copy: the function may work in place, and the module may have given its own input on
+        mine = end_to_end(before.clone(), self.sequences)
         version = _version(mine)
         value = self.value(mine)
         if value is None:
@@ -252,7 +267,9 @@ class Setter(_Counted):
 
     def _fitted(self, value: Tensor, before: Tensor) -> Tensor:
         members = Members.of(before, self.batch)
-        if members is not None and value.shape == members.seen(members.raw).shape:  # all members at once
+        whole = before.shape if members is None else members.seen(members.raw).shape
+        value = in_sequences(value, self.sequences, whole)
+        if members is not None and value.shape == whole:  # all members at once
             value = members.hidden(value)
         wanted = before.shape if self.copies is None else (self.copies, *before.shape)
         for name, given, needed in (

@@ -10,6 +10,7 @@ from tensordict import is_tensor_collection
 from torch import Tensor, nn
 
 from tdhook_train.errors import PathError, did_you_mean
+from tdhook_train.hooks.agents import Agents
 from tdhook_train.hooks.items import floating_items
 from tdhook_train.hooks.kernels import untouched
 from tdhook_train.hooks.paths import Selector, Site, chooser, is_leaf, is_pattern, parse, shown, walk
@@ -28,14 +29,21 @@ class TracedSite:
     previous: str | None  # site of the module whose output object was this module's input, if any
 
 
-def trace(model: nn.Module, call: Callable[[], Any]) -> tuple[TracedSite, ...]:
-    """Run ``call`` once and list every site of ``model`` in the order in which the modules finished."""
+def trace(model: nn.Module, call: Callable[[], Any], batch: tuple[int, ...] = ()) -> tuple[TracedSite, ...]:
+    """Run ``call`` once and list every site of ``model`` in the order in which the modules finished.
+
+    Args:
+        model: whose modules are listed.
+        call: runs it.
+        batch: size of the batch that it runs on, behind which a value may have a dimension of agents.
+    """
     rows: dict[str, TracedSite] = {}
     gave: dict[int, str] = {}  # id of a live output -> site; `kept` keeps the ids from being reused
     kept: list[Tensor] = []
     named: dict[nn.Module, list[str]] = {}
     for path, module in walk(model):
         named.setdefault(module, []).append(path)
+    agents = Agents(named, batch)
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if is_tensor_collection(output):
@@ -43,11 +51,12 @@ def trace(model: nn.Module, call: Callable[[], Any]) -> tuple[TracedSite, ...]:
         first = args[0] if args and isinstance(args[0], Tensor) else None
         paths = tuple(named[module])
         for items, tensor in floating_items(output):
-            site = Site(paths[0], items)
-            previous = gave.get(id(first)) if first is not None else None
-            rows.setdefault(str(site), TracedSite(site, module, paths, previous))
+            for place in agents.places(module, items, tensor):
+                site = Site(paths[0], place)
+                previous = gave.get(id(first)) if first is not None and place == items else None
+                rows.setdefault(str(site), TracedSite(site, module, paths, previous))
             if is_leaf(module):
-                gave[id(tensor)] = str(site)
+                gave[id(tensor)] = str(Site(paths[0], items))
                 kept.append(tensor)
 
     with untouched(parts_of(model), graph=False) as undo:

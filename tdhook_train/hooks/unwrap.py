@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
 from tdhook_train.errors import NetworkError
+from tdhook_train.keys import path_of
 
-__all__ = ["unwrapped"]
+__all__ = ["inputs_of", "unwrapped"]
 
 Call = Callable[..., Any]
 
@@ -74,3 +77,16 @@ def _refuse(model: nn.Module) -> None:
             "with tdhook_train.rl.ObservedLoss, or hook a copy of one network: "
             "Shadow(networks(loss)['actor_network']).module, both from tdhook_train.isolation"
         )
+
+
+def inputs_of(module: TensorDictModuleBase) -> list[NestedKey]:
+    """Return what a module reads; not ``"params"``, below which an earlier part of it writes."""
+    parts = getattr(module, "module", None) if isinstance(module, TensorDictSequential) else None
+    if parts is None or not all(hasattr(part, "in_keys") for part in parts):
+        return list(module.in_keys)
+    read: list[NestedKey] = []
+    made: list[tuple[str, ...]] = []
+    for part in parts:
+        read += [k for k in inputs_of(part) if not any(one[: len(path_of(k))] == path_of(k) for one in made)]
+        made += [path_of(key) for key in part.out_keys]
+    return [key for key in module.in_keys if key in read]

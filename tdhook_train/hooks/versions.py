@@ -26,13 +26,14 @@ def run_versions(
         model: the network.
         inputs: its inputs, ``[rows]``.
         site: where the versions go.
-        versions: ``[version, rows, ...]``, the first of them the unchanged value.
+        versions: ``[version, rows, ...]`` (rows where the site has them), the first of them the unchanged value.
         expected: the outputs of the unchanged network, ``[rows]``.
 
     Returns:
         The floating outputs, ``[version * rows]``.
     """
-    count, rows = versions.shape[:2]
+    axis = model.row_axis(site)
+    count, rows = len(versions), versions.shape[1 + axis]
     try:
         with model.run(inputs) as run:
             run.set(site, versions, copies=count)
@@ -45,17 +46,17 @@ def run_versions(
         pass
     repeated = TensorDict({key: _repeat(inputs.get(key), count) for key in model.in_keys}, batch_size=[count * rows])
     with model.run(repeated) as run:
-        run.set(site, versions.flatten(0, 1))
+        run.set(site, versions.movedim(0, axis).flatten(axis, axis + 1))
     together = _flat(run.output, model.out_keys, count * rows, 0)
     if _agrees(together[:rows], expected):
         return together
-    return torch.cat([_alone(model, inputs, site, version) for version in versions])
+    return torch.cat([_alone(model, inputs, site, version, rows) for version in versions])
 
 
-def _alone(model: HookedModel, inputs: TensorDictBase, site: str, version: Tensor) -> TensorDict:
+def _alone(model: HookedModel, inputs: TensorDictBase, site: str, version: Tensor, rows: int) -> TensorDict:
     with model.run(inputs) as run:
         run.set(site, version)
-    return _flat(run.output, model.out_keys, len(version), 0)
+    return _flat(run.output, model.out_keys, rows, 0)
 
 
 def _repeat(value: Tensor, count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -53,7 +54,7 @@ class CopiesView:
     @contextmanager
     def open(self, seed: int | None) -> Iterator[None]:
         """Let policies act by their mode, and draws follow from ``seed``."""
-        with keep_rng(self.modules.values(), seed), deterministic():
+        with keep_rng(self.modules.values(), seed), _row_by_row():
             yield
 
 
@@ -90,8 +91,23 @@ class LiveView:
     @contextmanager
     def open(self, seed: int | None) -> Iterator[None]:
         """Evaluation mode, nothing kept: flags, buffers, gradients and random states return to what they were."""
-        with in_place(self._model, seed), deterministic():
+        with in_place(self._model, seed), _row_by_row():
             yield
+
+
+@contextmanager
+def _row_by_row() -> Iterator[None]:
+    """Each row is a moment of its own: policies act by their mode, recurrent ones from the hidden state of the row.
+
+    Rows laid end to end would be one long sequence to TorchRL's recurrent modules, were they asked for one: by their
+    own setting, or by whoever measures from inside ``set_recurrent_mode``. They are there only if TorchRL is.
+    """
+    with deterministic():
+        if (torchrl := sys.modules.get("torchrl.modules")) is None:
+            yield
+        else:
+            with torchrl.set_recurrent_mode(False):
+                yield
 
 
 def isolated(model: nn.Module) -> ShadowView | LiveView:

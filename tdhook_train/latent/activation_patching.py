@@ -93,7 +93,7 @@ class ActivationPatching(Method):
         done: dict[str, Tensor] = {}
         for site in reversed(sites):
             twin = twins.get(site)
-            before, after = values[site].chunk(2)
+            before, after = values[site].chunk(2, model.row_axis(site))
             expected = outputs[: len(base)]
             done[site] = done[twin] if twin else self._patched(model, base, site, (before, after), expected)
         return _summary([done[site] for site in sites], *metrics.chunk(2))
@@ -109,7 +109,7 @@ class ActivationPatching(Method):
     ) -> Tensor:
         """Return the metrics with the whole layer patched, then with each unit: ``[1 + unit, pair, target]``."""
         before, after = values
-        pairs, axis = len(before), unit_axis(before)
+        pairs, axis = len(base), unit_axis(before)
         units = before.shape[axis] if before.ndim > 1 else 0
         found = []
         for chunk in torch.arange(units + 1).split(max(1, _ROWS_PER_PASS // pairs)):

@@ -153,11 +153,11 @@ class RidgeProbe(Method):
         return Measured(dict(values), {key: tuple(self.writes[key].split()) for key in values})
 
     def _block(self, part: Part, site: str, rows: int) -> Tensor:
-        value = part.seen.values[site]
-        if value.ndim == 0 or len(value) != rows:
-            shape = tuple(value.shape)
+        value = _features(part.seen.values[site], part.model.row_axis(site))
+        if len(value) != rows:
+            shape = tuple(part.seen.values[site].shape)
             raise GroupsError(f"RidgeProbe: {site!r} gives {shape} for {rows} rows; name layers with one row a sample")
-        return _rows(value)
+        return value
 
     def _folds(self, seen: Seen, rows: int) -> Tensor:
         groups = torch.arange(rows) if seen.groups is None else seen.groups.cpu()
@@ -199,11 +199,11 @@ class RidgeProbe(Method):
         raw, initial = [], []
         for part in parts.values():
             inputs = [part.seen.batch.get(key) for key in part.model.in_keys]
-            raw.append(torch.cat([_rows(v.to(torch.get_default_dtype())) for v in inputs], 1))
+            raw.append(torch.cat([_features(v.to(torch.get_default_dtype())) for v in inputs], 1))
             if part.seen.initial is not None:
                 sites = self.taps(part.model)
                 values, _ = look(part.seen.initial, part.seen.batch, sites)
-                initial += [_rows(values[site]) for site in sites]
+                initial += [_features(values[site], part.model.row_axis(site)) for site in sites]
         return _Designs(raw + initial, folds, self)
 
 
@@ -243,8 +243,9 @@ class _Designs:
         return torch.cat(list(parts), axis).index_select(axis, place.to(parts[0].device))
 
 
-def _rows(value: Tensor) -> Tensor:
-    return value.reshape(len(value), -1)
+def _features(value: Tensor, row_axis: int = 0) -> Tensor:
+    """Bring a value to ``[rows, features]``; one without rows counts as one row."""
+    return value.movedim(row_axis, 0).flatten(1) if value.ndim > 1 else value.reshape(-1, 1)
 
 
 def _target_reasons(y: Tensor, folds: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def see(subject: Subject, rows: Rows, source: Source, tick: Tick) -> dict[str, P
     outputs: dict[str, TensorDictBase] = {}
     for name, hooked in networks.items():
         batch = source.batch.to(hooked.device())
-        subject.refuse_time(name, batch, source.shape)
+        subject.arrange(name, batch, source.shape)
         for initial in (hooked, subject.initial.get(name)):
             if initial is not None:
                 initial.trace(batch)

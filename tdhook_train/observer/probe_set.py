@@ -54,8 +54,7 @@ class ProbeSet:
         self._pending = _Pending(0)
         self.shape: tuple[int, ...] = ()  # of the batch that was laid end to end
         if td is not None:
-            self.shape = tuple(td.batch_size)
-            self._fix(_rows(td))
+            self._fix(_rows(td), tuple(td.batch_size))
 
     @classmethod
     def first(
@@ -99,7 +98,7 @@ class ProbeSet:
     def take_over(self, other: ProbeSet) -> None:
         """Become another, complete probe set, as a resumed run needs that has collected its first frames before."""
         self._wanted = "rows" if other.independent else "auto" if other.groups is None else other.groups
-        self._fix(other.td)
+        self._fix(other.td, other.shape)
 
     @property
     def ready(self) -> bool:
@@ -124,9 +123,10 @@ class ProbeSet:
         many = "unknown" if self.groups is None else len(self.groups.unique())
         return f"ProbeSet({len(self)} rows, trajectories: {many}, {self.fingerprint:#x})"
 
-    def _fix(self, td: TensorDictBase) -> None:
+    def _fix(self, td: TensorDictBase, shape: tuple[int, ...] | None = None) -> None:
         self._td = td
-        self.groups = _groups(td, self._wanted)
+        self.shape = tuple(td.batch_size) if shape is None else shape
+        self.groups = _groups(td, self._wanted, self.shape)
         self.independent = isinstance(self._wanted, str) and self._wanted == "rows"
         self.ordered = self.groups is not None and not self.independent and in_blocks(self.groups)
         self.fingerprint = fingerprint(td)
@@ -143,6 +143,7 @@ class ProbeSet:
         """Write the probe set to one file."""
         names = [[list(path_of(key)), labels] for key, labels in self.feature_names.items()]
         state = {"td": self.td.cpu().to_dict(), "groups": self.groups, "independent": self.independent, "names": names}
+        state["shape"] = list(self.shape)
         with whole_file(Path(path)) as partial:
             torch.save(state, partial)
 
@@ -155,7 +156,8 @@ class ProbeSet:
         rows = len(next(iter(TensorDict(state["td"]).values(include_nested=True, leaves_only=True))))
         names = {tuple(key) if len(key) > 1 else key[0]: labels for key, labels in state["names"]}
         groups = "rows" if state["independent"] else "auto" if state["groups"] is None else state["groups"]
-        return cls(TensorDict(state["td"], batch_size=[rows]), groups=groups, feature_names=names)
+        td = TensorDict(state["td"], batch_size=[rows]).reshape(state.get("shape", [rows]))
+        return cls(td, groups=groups, feature_names=names)
 
 
 def copied(batch: TensorDictBase) -> TensorDictBase:
@@ -208,7 +210,7 @@ class _Pending:
         steps = self.frames // max(joined.numel() // joined.shape[-1], 1)
         joined = joined[..., :steps]
         td = _rows(joined)
-        groups = _groups(td, "auto")
+        groups = _groups(td, "auto", tuple(joined.shape))
         if groups is None:
             return td
         last = _done(td)
@@ -229,7 +231,7 @@ def _done(td: TensorDictBase) -> Tensor | None:
     return None if key is None else td.get(key).reshape(len(td), -1).any(1)
 
 
-def _groups(td: TensorDictBase, wanted: Groups) -> Tensor | None:
+def _groups(td: TensorDictBase, wanted: Groups, shape: tuple[int, ...]) -> Tensor | None:
     if isinstance(wanted, Tensor):
         if wanted.numel() != len(td):
             raise GroupsError(f"groups has {wanted.numel()} entries for {len(td)} rows")
@@ -243,5 +245,9 @@ def _groups(td: TensorDictBase, wanted: Groups) -> Tensor | None:
     if wanted != "auto":
         raise KeyMissingError(f"groups={wanted!r} is no key of the probe set")
     done = _done(td)
-    # a new trajectory begins on the row after a done flag
-    return None if done is None else torch.cat([torch.zeros(1, dtype=torch.int64), done[:-1].cpu().long().cumsum(0)])
+    if done is None:
+        return None
+    # a new trajectory begins on the row after a done flag, and with each environment
+    begins = done.cpu().roll(1)
+    begins.view(-1, shape[-1])[:, 0] = True
+    return begins.long().cumsum(0) - 1

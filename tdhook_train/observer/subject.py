@@ -43,7 +43,7 @@ class Subject:
         }
         self.initial: dict[str, HookedModel] = {}
         self._draws: dict[str, bool] = {}  # whether a network draws, as far as it was asked
-        self._row_by_row: set[tuple[str, tuple[int, ...]]] = set()  # networks known to take rows one by one
+        self._over_time: dict[tuple[str, tuple[int, ...]], bool] = {}  # whether a network handles time in a batch
 
     def open(self, seed: int, batch: TensorDictBase) -> AbstractContextManager[None]:
         """Open the view for a measurement on a batch.
@@ -110,43 +110,47 @@ class Subject:
         for name, hooked in self.initial.items():
             _weights(hooked.module).update_(TensorDict(stored[name]))
 
-    def refuse_time(self, name: str, batch: TensorDictBase, shape: tuple[int, ...]) -> None:
-        """Refuse a network that does not take rows one by one, but sequences: laid end to end, these are one.
+    def arrange(self, name: str, batch: TensorDictBase, shape: tuple[int, ...]) -> None:
+        """Let a network that handles time run on the sequences that the rows of a batch came in.
 
-        One pass on the rows and one on the sequences, the first time.
+        Laid end to end they would be one sequence to it. One pass on the rows and one on the sequences, the first time.
 
         Args:
             name: of the network.
             batch: ``[rows]``.
             shape: of the batch they came in, ``[sequences, time]``.
-
-        Raises:
-            NetworkError: the network gives something else for sequences than for their rows.
         """
-        if len(shape) < 2 or (name, shape) in self._row_by_row:
-            return
-        hooked = self.networks[name]
-        devices = devices_of(hooked.module.modules())
-        with torch.no_grad(), kept_rng(devices):
-            rows = hooked(batch)
-        with torch.no_grad(), kept_rng(devices):
-            try:
-                whole = hooked(batch.reshape(shape)).reshape(-1)
-            except (RuntimeError, ValueError, IndexError):  # it takes no sequences
-                whole = rows
+        if len(shape) > 1 and (name, shape) not in self._over_time:
+            self._over_time[name, shape] = self._handles_time(self.networks[name], batch, batch.reshape(shape))
+        for hooked in (self.networks[name], self.initial.get(name)):
+            if hooked is not None:
+                hooked.sequences = shape if self._over_time.get((name, shape)) else None
+
+    def _handles_time(self, hooked: HookedModel, batch: TensorDictBase, sequences: TensorDictBase) -> bool:
+        """Whether a network gives something else for sequences than for their rows one by one."""
+        hooked.sequences = None
+        rows, whole = _tried(hooked, batch), _tried(hooked, sequences)
+        if rows is None or whole is None:  # it takes but one of them
+            return whole is not None
         for key in hooked.out_keys:
             one, other = rows.get(key, None), whole.get(key, None)
             comparable = isinstance(one, Tensor) and one.is_floating_point() and one.shape == other.shape
             if comparable and not torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True):
-                raise NetworkError(
-                    f"{hooked.title} gives another {key!r} for sequences {list(shape)} than for their rows one by one: "
-                    "it handles time itself, which is not measured yet; leave it out with networks=..."
-                )
-        self._row_by_row.add((name, shape))
+                return True
+        return False
 
     def fingerprint(self) -> int:
         """Hash the weights and buffers that the networks hold now (inside ``view.open``)."""
         return fingerprint(TensorDict({name or "model": held for name, held in self.weights().items()}))
+
+
+def _tried(hooked: HookedModel, batch: TensorDictBase) -> TensorDictBase | None:
+    """Run a network on a batch, its outputs laid end to end; None where it does not take the batch."""
+    with torch.no_grad(), kept_rng(devices_of(hooked.module.modules())):
+        try:
+            return hooked(batch).reshape(-1)
+        except (RuntimeError, ValueError, IndexError):
+            return None
 
 
 def _weights(module: nn.Module) -> TensorDictBase:

@@ -10,6 +10,7 @@ __all__ = ["by_network", "network_name", "short_layers", "thin_out"]
 
 # the networks of a TorchRL loss; members of an ensemble are numbered before their own `module`
 _NETWORK = re.compile(r"^((?:\w+_network|actor|critic|policy|qvalue)(?:\.\d+(?=\.module\b))?)\.(.+)$")
+_AGENT = re.compile(r":(agent \d+)$")
 _KNOWN = {"actor": "policy", "policy": "policy", "critic": "value", "qvalue": "Q", "value": "value"}
 _PARTS = {"NormalParamExtractor:0": "loc", "NormalParamExtractor:1": "scale"}
 
@@ -38,7 +39,9 @@ def network_name(network: str) -> str:
 def short_layers(labels: Sequence[str], types: Sequence[str] | None = None) -> list[str]:
     """Return tick labels for the layers of one network: ``1 Linear``, ``2 Tanh``, or what is left of the path."""
     if types is not None and len(types) == len(labels):
-        return [f"{number} {_PARTS.get(kind, kind)}" for number, kind in enumerate(types, 1)]
+        kinds = [_PARTS.get(kind, kind) for kind in types]
+        agents = [f" {match[1]}" if (match := _AGENT.search(label)) else "" for label in labels]
+        return [f"{i} {kind}{agent}" for i, (kind, agent) in enumerate(zip(kinds, agents, strict=True), 1)]
     paths = [match[2] if (match := _NETWORK.match(label)) else label for label in labels]
     if len(paths) > 1:
         parents = [path.split(".")[:-1] for path in paths]

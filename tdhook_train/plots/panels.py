@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "HeatPanel", "Line", "LinePanel", "Mark", "Mask", "Style"]
+__all__ = ["Array", "HeatPanel", "ImagePanel", "Line", "LinePanel", "Mark", "Mask", "Style"]
 
 Array: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
@@ -83,6 +83,21 @@ class HeatPanel:
         _, apart = np.unique(slots, return_index=True)
         row, column = np.nonzero((self.dots & ~self.hidden)[:, apart])
         return row, apart[column]
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePanel:
+    """One image.
+
+    Args:
+        title: what it shows, e.g. the step.
+        values: ``[height, width]``, the first row on top.
+        is_map: drawn in the colours of a quantity; otherwise a picture, in grey.
+    """
+
+    title: str
+    values: Array
+    is_map: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,14 +12,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
+from matplotlib.gridspec import GridSpec, SubplotSpec
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
 
 from tdhook_train.plots.labels import thin_out
 from tdhook_train.plots.panels import HeatPanel, LinePanel, Mark
-from tdhook_train.plots.sections import attribution, health, probe
+from tdhook_train.plots.sections import attribution, health, probe, saliency
 from tdhook_train.plots.sections import training as curve
 from tdhook_train.plots.source import marks
 from tdhook_train.plots.step_axis import count, edges, positions, ticks
@@ -152,18 +152,40 @@ def _key(figure: Figure) -> None:
 def _side(figure: Figure, buffer: ArtifactBuffer, noted: Sequence[Mark], top: float) -> bool:
     """Draw attribution and health, and return whether there was any."""
     shown = [("Attribution: ", panel) for panel in attribution.panels(buffer)[:2]]
+    maps = saliency.maps(buffer)
     whole = health.overview(buffer)
     shown += [("Health, ", whole)] if whole is not None else []
-    if not shown:
+    if not shown and not maps:
         return False
-    grid = GridSpec(len(shown), 1, figure, 0.68, 0.125, 0.875, top, hspace=0.36)
-    for row, (kind, panel) in enumerate(shown):
+    grid = GridSpec(len(shown) + bool(maps), 1, figure, 0.68, 0.125, 0.875, top, hspace=0.36)
+    if maps:
+        _images(figure, grid[0, 0], maps[0])
+    for row, (kind, panel) in enumerate(shown, int(bool(maps))):
         axes = figure.add_subplot(grid[row, 0])
         _lines(axes, panel, noted)
         axes.set_title(kind + panel.title, fontsize=_BODY, loc="left", color=INK, pad=4)
-    axes.set_xlabel("optimizer steps", fontsize=_BODY, color=INK, labelpad=1)
+    if shown:
+        axes.set_xlabel("optimizer steps", fontsize=_BODY, color=INK, labelpad=1)
     _headline(figure, (0.655, top + 0.035), "What decides, and what is in use")
     return True
+
+
+def _images(figure: Figure, at: SubplotSpec, maps: saliency.Maps) -> None:
+    """Draw the mean image, where there is one, and the maps of one output at the first and the last tick."""
+    pictures = [panel for panel in maps.panels if not panel.is_map]
+    ticks = [panel for panel in maps.panels if panel.is_map]
+    drawn = [*pictures, *(ticks if len(ticks) < 2 else (ticks[0], ticks[-1]))]
+    largest = max(float(np.nanmax(panel.values, initial=0.0)) for panel in ticks) or 1.0
+    grid = at.subgridspec(1, len(drawn), wspace=0.08)
+    for column, panel in enumerate(drawn):
+        axes = figure.add_subplot(grid[0, column])
+        looks = {"cmap": MAP, "vmin": 0, "vmax": largest} if panel.is_map else {"cmap": "gray"}
+        axes.imshow(panel.values, interpolation="nearest", **looks)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_title(panel.title, fontsize=_SMALL, loc="left", color=INK, pad=3)
+        if column == 0:
+            axes.text(0, 1.22, f"Attribution: {maps.title}", fontsize=_BODY, color=INK, transform=axes.transAxes)
 
 
 def _lines(axes: Axes, panel: LinePanel, noted: Sequence[Mark]) -> None:

@@ -68,7 +68,7 @@ def test_a_shadow_follows_the_live_weights_and_can_be_read_and_set_inside(share)
             expected = live[name](td.clone())[key]
         hooked = HookedModel(shadow.module)
         hooked.trace(td)
-        (first,) = [site for site in hooked.sites("**") if site.endswith("_empty_net.0")]
+        (first,) = [path for path in hooked.modules if path.endswith("_empty_net.0")]
         with hooked.run(td) as run:
             value = run.get(first)
         assert torch.equal(run.output[key], expected)

@@ -326,6 +326,11 @@ def test_probe_set_refuses_groups_that_do_not_fit(name: str, error: type[Excepti
         ProbeSet(batch(), groups=torch.zeros(3) if name == "groups" else "episode")
 
 
+def test_probe_set_cuts_trajectories_where_an_environment_ends() -> None:
+    td = batch(6).reshape(2, 3).set(("next", "done"), torch.tensor([[0, 1, 0], [0, 0, 1]], dtype=torch.bool)[..., None])
+    assert ProbeSet(td).groups.tolist() == [0, 0, 1, 2, 2, 2]
+
+
 def test_probe_set_cuts_trajectories_at_done_flags() -> None:
     td = batch(6).set(("next", "done"), torch.tensor([0, 1, 0, 0, 1, 0], dtype=torch.bool)[:, None])
     probe_set = ProbeSet(td)

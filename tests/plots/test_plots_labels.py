@@ -98,3 +98,9 @@ def test_score_table_marks_what_is_no_evidence(run):
             mark = "-" if row["r2"] <= row["null"] else known
             assert f"{row['r2']:.2f} {mark}".strip() in lines[layer]
     assert table.splitlines()[-2].startswith("raw observation")
+
+
+def test_layers_of_several_agents_are_told_apart():
+    labels = [f"actor_network.module.0._empty_net.{layer}:agent {agent}" for layer in range(2) for agent in range(2)]
+    shown = short_layers(labels, ["Linear", "Linear", "Tanh", "Tanh"])
+    assert shown == ["1 Linear agent 0", "2 Linear agent 1", "3 Tanh agent 0", "4 Tanh agent 1"]

@@ -187,31 +187,7 @@ def test_each_shadow_gives_what_the_losss_own_weights_give(name):
         assert bits(before) != bits(expected)
 
 
-# these networks handle time themselves, while the rows of a batch [row, time] are laid end to end
-OVER_TIME = ("DTLoss", "OnlineDTLoss", "DreamerModelLoss", "DreamerV3ModelLoss", "DreamerV3Loss")
-
-
-@pytest.mark.parametrize("name", OVER_TIME)
-def test_a_network_over_time_is_refused_rather_than_measured_on_one_long_sequence(name, tmp_path):
-    case = LOSSES[name]()
-    with Observer({"means": Means()}, when=At(0), into=tmp_path) as observer:
-        ObservedLoss(case.loss, observer)
-        with pytest.raises(NetworkError, match=r"for sequences \[2, 3\] than for their rows one by one"):
-            case.loss(case.batch)
-    bare = LOSSES[name]()
-    optimizer = torch.optim.Adam(bare.loss.parameters(), 0.01)
-    bare.update(optimizer)
-    expected = everything(bare, optimizer)
-    watched = LOSSES[name]()
-    optimizer = torch.optim.Adam(watched.loss.parameters(), 0.01)
-    with Observer({"means": Means()}, when=At(0), into=tmp_path / "skip", on_error="skip") as observer:
-        ObservedLoss(watched.loss, observer, optimizer)
-        watched.update(optimizer)
-        assert "means" not in observer.buffer
-    assert everything(watched, optimizer) == expected
-
-
-@pytest.mark.parametrize("name", [name for name in OBSERVED if name not in OVER_TIME])
+@pytest.mark.parametrize("name", OBSERVED)
 def test_training_ends_in_the_same_bits_with_an_observer(name, tmp_path):
     bare = LOSSES[name]()
     optimizer = torch.optim.Adam(bare.loss.parameters(), 0.01)
@@ -235,10 +211,7 @@ def test_training_ends_in_the_same_bits_with_an_observer(name, tmp_path):
         assert found[part] == value, part
 
 
-END_TO_END = pytest.mark.xfail(reason="networks over time are not measured on whole sequences yet", strict=True)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=END_TO_END if n in OVER_TIME else ()) for n in OBSERVED])
+@pytest.mark.parametrize("name", OBSERVED)
 def test_rows_hold_what_a_copy_made_by_hand_gives(name, tmp_path):
     case = LOSSES[name]()
     optimizer = torch.optim.Adam(case.loss.parameters(), 0.01)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tdhook_train.plots.labels import network_name
 from tdhook_train.plots.lines import lines
 from tdhook_train.plots.panels import Array, Line, LinePanel, Mark
+from tdhook_train.plots.sections.saliency import is_image
 from tdhook_train.plots.sections.section import Picture, Section
 from tdhook_train.plots.source import Table, columns, read, recorded
 from tdhook_train.plots.style import PALETTE
@@ -53,7 +54,7 @@ def panels(buffer: ArtifactBuffer) -> list[LinePanel]:
 
 def _all_shares(artifact: Artifact) -> Iterator[_Shares]:
     for key in columns(artifact):
-        if "attr" in key[:-1]:
+        if "attr" in key[:-1] and not is_image(artifact, key):
             yield from _by_target(key, read(artifact, key))
 
 

@@ -1,0 +1,87 @@
+"""Values of several agents in one tensor, behind the dimensions of the batch: ``"path:agent 0"`` names the first's.
+
+TorchRL's multi-agent networks (``MultiAgentMLP`` and the like) run all agents at once. They are known by saying how
+many agents they have, and along which dimension, so that TorchRL need not be imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+from torch import Tensor, nn
+
+from tdhook_train.errors import PathError
+from tdhook_train.hooks.members import Members
+from tdhook_train.hooks.paths import Site
+
+__all__ = ["Agents", "agent_of", "one_of", "with_one", "without_agent"]
+
+_ITEM = re.compile(r"agent (\d+)")
+
+Items = tuple[int | str, ...]
+
+
+@lru_cache(maxsize=4096)
+def agent_of(items: Items) -> int | None:
+    """Return the agent that a site's items name."""
+    found = _ITEM.fullmatch(items[-1]) if items and isinstance(items[-1], str) else None
+    return None if found is None else int(found[1])
+
+
+def without_agent(items: Items) -> Items:
+    """Return the way to the tensor that holds all agents."""
+    return items if agent_of(items) is None else items[:-1]
+
+
+def one_of(value: Tensor, site: Site, batch: tuple[int, ...]) -> Tensor:
+    """Return the part of a value that belongs to the agent that a site names; all of it where it names none.
+
+    Raises:
+        PathError: the value has no such agent.
+    """
+    agent = agent_of(site.items)
+    if agent is None:
+        return value
+    axis = _axis(value, batch)
+    if value.ndim <= axis or not agent < value.shape[axis]:
+        raise PathError(f"{str(site)!r} names no agent: the value has shape {tuple(value.shape)}, the batch {batch}")
+    return value.select(axis, agent)
+
+
+def with_one(value: Tensor, new: Tensor, site: Site, batch: tuple[int, ...]) -> Tensor:
+    """Return a value with the part of the site's agent replaced, in each copy where ``new`` carries copies in front."""
+    agent, axis = agent_of(site.items), _axis(value, batch)
+    if agent is None:
+        return new
+    if new.ndim == value.ndim:
+        value, axis = value.expand(len(new), *value.shape), axis + 1
+    return value.select_scatter(new, axis, agent)
+
+
+def _axis(value: Tensor, batch: tuple[int, ...]) -> int:
+    return len(batch) if tuple(value.shape[: len(batch)]) == batch else 0  # vmap hides the batch: agents in front
+
+
+class Agents:
+    """The agents of the multi-agent networks in a model."""
+
+    def __init__(self, modules: Iterable[nn.Module], batch: tuple[int, ...]) -> None:
+        nets = [net for net in modules if isinstance(getattr(net, "n_agents", None), int) and hasattr(net, "agent_dim")]
+        self._inside = {part: int(net.n_agents) for net in nets for part in net.modules()}  # type: ignore[arg-type]
+        self._counts = set(self._inside.values())
+        self._batch = batch
+
+    def places(self, module: nn.Module, items: Items, value: Tensor) -> list[Items]:
+        """Return the way to each agent in a value that a module gives out; where it has none, the one to the value."""
+        if not self._counts:
+            return [items]
+        members = Members.of(value, self._batch)
+        shape = value.shape if members is None else members.seen(members.raw).shape
+        axis = len(self._batch) if tuple(shape[: len(self._batch)]) == self._batch else 0
+        inside = self._inside.get(module)
+        counts = self._counts if inside is None else {inside}
+        # beside the multi-agent network itself, a value of more dimensions may be an image
+        fits = len(shape) == axis + 2 or (inside is not None and len(shape) > axis + 2)
+        return [(*items, f"agent {i}") for i in range(shape[axis])] if fits and shape[axis] in counts else [items]
