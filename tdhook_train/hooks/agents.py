@@ -45,7 +45,7 @@ def one_of(value: Tensor, site: Site, batch: tuple[int, ...]) -> Tensor:
     if agent is None:
         return value
     axis = _axis(value, batch)
-    if value.ndim <= axis or not agent < value.shape[axis]:
+    if value.ndim < axis + 2 or not agent < value.shape[axis]:
         raise PathError(f"{str(site)!r} names no agent: the value has shape {tuple(value.shape)}, the batch {batch}")
     return value.select(axis, agent)
 

@@ -130,6 +130,10 @@ def test_an_agent_that_is_not_there_is_refused():
     model = hooked(net, td)
     with pytest.raises(PathError, match=r"'module\.0\._empty_net\.0:agent 3' names no agent"), model.run(td) as run:
         run.get(f"{NET}.0:agent 3")
+    alone = nn.Linear(OBS, UNITS)  # has no agents, but more units than that
+    rows = TensorDict(input=td["agents", "obs"][:, 0], batch_size=[ROWS])
+    with pytest.raises(PathError, match=r"':agent 1' names no agent"), hooked(alone, rows).run(rows) as run:
+        run.get(":agent 1")
 
 
 @pytest.mark.parametrize("share", [False, True], ids=["own weights", "shared weights"])

@@ -80,6 +80,15 @@ def test_values_and_gradients_are_those_of_each_sequence_on_its_own(tmp_path):
     assert_close(rows["saliency"]["attr", "input"], left * (net.head.weight[1] @ net.inner.weight).detach())
 
 
+def test_a_network_whose_head_begins_at_zero_is_known_by_its_layers(tmp_path):
+    torch.manual_seed(0)
+    net, td = Cumulative(), sequences(4, 5)
+    net.after = nn.Linear(2, 2)
+    net.forward = lambda x: net.after(Cumulative.forward(net, x))
+    nn.init.zeros_(net.after.weight)
+    assert_close(observed(tmp_path, {"head": Values("head")}, net, td)["head"]["value"], by_hand(net, td))
+
+
 def test_a_network_that_takes_nothing_but_sequences_is_run_on_them(tmp_path):
     torch.manual_seed(0)
     net, td = nn.Sequential(nn.Conv1d(5, 5, 1), nn.Flatten(1), nn.Unflatten(1, (5, 3))), sequences(4, 5)
