@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Undo", "devices_of", "kept_buffers", "kept_rng", "parts_of", "remove_all"]
+__all__ = ["Undo", "devices_of", "kept_buffers", "kept_randomness", "kept_rng", "parts_of", "remove_all"]
 
 _ABSENT = object()
 
@@ -84,6 +86,22 @@ def kept_rng(devices: Iterable[torch.device]) -> Iterator[None]:
         torch.default_generator.set_state(before)
         for device, state in others:
             torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def kept_randomness() -> Iterator[None]:
+    """Put every global random state back on the way out: Python's, NumPy's, torch's on the CPU and on GPUs in use.
+
+    For whoever runs code of somebody else's that may draw from any of them, such as an environment.
+    """
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with kept_rng([torch.device("cuda", index) for index in gpus]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager
