@@ -89,15 +89,24 @@ def kept_rng(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 @contextmanager
-def kept_randomness() -> Iterator[None]:
+def kept_randomness(seed: int | None = None) -> Iterator[None]:
     """Put every global random state back on the way out: Python's, NumPy's, torch's on the CPU and on GPUs in use.
 
     For whoever runs code of somebody else's that may draw from any of them, such as an environment.
+
+    Args:
+        seed: of all of them, meanwhile; None leaves them as they are.
     """
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with kept_rng([torch.device("cuda", index) for index in gpus]):
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed % 2**32)
+                torch.default_generator.manual_seed(seed)  # not torch.manual_seed: it marks GPUs that are not in use
+                if gpus:
+                    torch.cuda.manual_seed_all(seed)
             yield
     finally:
         random.setstate(python)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import InteractionType, set_interaction_type
@@ -19,7 +17,6 @@ from torchrl.envs import EnvBase
 from tdhook_train.errors import KeyMissingError, NetworkError, SettingsError, did_you_mean
 from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.hooks.paths import Selector
-from tdhook_train.isolation.in_place import keep_rng
 from tdhook_train.keys import dotted, path_of
 from tdhook_train.method import Method, Parts, Seen
 from tdhook_train.ops.join import Measured, join
@@ -210,9 +207,7 @@ class _Stage:
         """Play one episode in each of the environment's lanes."""
         total = torch.zeros(self.env.batch_size.numel(), dtype=torch.float64)
         alive = torch.ones_like(total, dtype=torch.bool)
-        with keep_rng([self.model.module], seed):  # environments and policies may draw from the global states
-            random.seed(seed)
-            np.random.seed(seed)
+        with kept_randomness(seed):  # environments and policies may draw from the global states
             self.env.set_seed(seed)
             td = self.env.reset()
             for _ in range(self.how.max_steps):
