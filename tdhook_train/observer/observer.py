@@ -23,10 +23,10 @@ from tdhook_train.errors import (
 from tdhook_train.method import Method
 from tdhook_train.observer.measure import Row, Tick, measure, rows_of
 from tdhook_train.observer.meter import Meter
-from tdhook_train.observer.probe_set import copied
 from tdhook_train.observer.recorder import Recorder
 from tdhook_train.observer.sources import Live, On, Source, Sources
 from tdhook_train.observer.subject import Subject
+from tdhook_train.observer.trajectories import copied
 from tdhook_train.schedule import Budget, Clock, Trigger
 from tdhook_train.undo import Undo
 
@@ -95,7 +95,7 @@ class Observer:
         self._closed = False
         self._measured_step: int | None = None
         self._live: dict[Live, TensorDictBase | None] = {}  # what may be measured on now
-        self._memo: dict[str, dict[str, dict[Any, Any]]] = {}
+        self._memo: dict[str, tuple[int, dict[str, dict[Any, Any]]]] = {}  # by source: of which data, and what
 
     # ------------------------------------------------------------------ what is observed
 
@@ -155,6 +155,7 @@ class Observer:
         clock.batches += 1
         clock.seconds = self.meter.elapsed_s
         self._live["batch"] = batch if self.sources.wants("batch") else None
+        self.sources.refresh(clock)
         due = not self._closed and not self._paused and self.when.due(clock)
         clock.asked()
         return due and self._tick(model)
@@ -222,6 +223,7 @@ class Observer:
             self.subject = None
             self._live.clear()
             self._memo.clear()
+            self.sources.close()
             self.buffer.close()
 
     def __enter__(self) -> Observer:
@@ -235,7 +237,9 @@ class Observer:
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint of the training."""
         clock = self.clock.state_dict()
-        return {"clock": clock, "measured_step": self._measured_step, "steps_taken": self.steps_taken}
+        probe_sets = self.sources.state_dict(self.buffer.folder("probe_sets"))
+        taken, measured = self.steps_taken, self._measured_step
+        return {"clock": clock, "measured_step": measured, "steps_taken": taken, "probe_sets": probe_sets}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: rows of later steps are dropped, passed boundaries do not fire again."""
@@ -243,6 +247,7 @@ class Observer:
         self.clock.load_state_dict(dict(state["clock"]))
         self._measured_step = state["measured_step"]
         self.steps_taken = state["steps_taken"]
+        self.sources.load_state_dict(state.get("probe_sets", {}), self.buffer.folder("probe_sets"))
         self._recorder.forget()
         self.buffer.truncate(after_step=self.clock.step)
 
@@ -274,8 +279,9 @@ class Observer:
         if self.subject is None or self.subject.model is not model:
             self.attach(model)
         subject = cast(Subject, self.subject)
-        memo = self._memo.setdefault(name, {}) if source.fixed else {}
-        tick = Tick(self.clock.now, self.seed, self._recorder.previous(name), memo)
+        if name not in self._memo or not source.fixed or self._memo[name][0] != source.fingerprint:
+            self._memo[name] = (source.fingerprint, {})
+        tick = Tick(self.clock.now, self.seed, self._recorder.previous(name, source), self._memo[name][1])
         with subject.view.open(seed=tick.generator("model").initial_seed()):
             return measure(subject, self.methods, source, tick, self._failed), subject.fingerprint()
 
@@ -299,7 +305,7 @@ def _opened(
 ) -> ArtifactBuffer:
     buffer = into if isinstance(into, ArtifactBuffer) else ArtifactBuffer(into, resume=resume, overwrite=overwrite)
     try:
-        sources.agree_with(buffer.folder("probe_sets"))
+        sources.agree_with(buffer)
     except BaseException:
         buffer.close()
         raise

@@ -37,16 +37,18 @@ class Recorder:
         self.scalars: dict[str, float] = {}  # of the last tick
         self._methods = methods
         self._loggers = list(loggers) if isinstance(loggers, (list, tuple)) else [loggers]
-        self._previous: dict[str, TensorDictBase] = {}
+        self._previous: dict[str, tuple[int, TensorDictBase]] = {}  # measured on which data, and what
         for logger in self._loggers:
             if not callable(getattr(logger, "log_metrics", None)):
                 raise SettingsError(
                     f"loggers={logger!r} is no logger: those of TorchRL and Lightning have log_metrics(metrics, step)"
                 )
 
-    def previous(self, source: str) -> dict[str, TensorDictBase | None]:
-        """Return each row of the tick before, on one source."""
-        return {row: self._previous.get(_name(row, source)) for row in self._methods}
+    def previous(self, name: str, source: Source) -> dict[str, TensorDictBase | None]:
+        """Return each row of the tick before, on one source; none on a probe set that has been refreshed since."""
+        before = {row: self._previous.get(_name(row, name)) for row in self._methods}
+        same = {row: it for row, it in before.items() if it and (not source.fixed or it[0] == source.fingerprint)}
+        return {row: same[row][1] if row in same else None for row in before}
 
     def forget(self) -> None:
         """Forget the tick before, as going back to a checkpoint needs."""
@@ -67,7 +69,7 @@ class Recorder:
             data=source.fingerprint,
             cost=row.cost_s,
         )
-        self._previous[name] = values
+        self._previous[name] = (source.fingerprint, values)
         self.scalars |= scalars(name, row.measured)
 
     def _declare(self, name: str, row: Row) -> None:
