@@ -155,7 +155,8 @@ class Observer:
         clock.batches += 1
         clock.seconds = self.meter.elapsed_s
         self._live["batch"] = batch if self.sources.wants("batch") else None
-        self.sources.refresh(clock)
+        if not self._closed:
+            self.sources.refresh(clock)
         due = not self._closed and not self._paused and self.when.due(clock)
         clock.asked()
         return due and self._tick(model)
