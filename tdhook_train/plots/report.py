@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tdhook_train.errors import KeyMissingError
 from tdhook_train.plots import png
 from tdhook_train.plots.page import page
-from tdhook_train.plots.sections import attribution, cost, health, patching, probe
+from tdhook_train.plots.sections import ablation, attribution, cost, health, patching, probe
 from tdhook_train.plots.sections import training as curve
 from tdhook_train.plots.source import marks, read, recorded
 
@@ -58,6 +58,7 @@ def write_report(
         probe.section(buffer, noted),
         attribution.section(buffer, noted),
         patching.section(buffer, noted),
+        *([played] if (played := ablation.section(buffer, noted)) else []),
         health.section(buffer, noted),
         cost.section(buffer, training, noted),
     )
