@@ -168,7 +168,10 @@ class Method(ABC):
 
     def measured(self, part: Part) -> Measured:
         """Measure one network and name the dimensions of what it gave."""
-        row = self.measure(part.seen, part.model)
+        return self.named(self.measure(part.seen, part.model), part)
+
+    def named(self, row: TensorDictBase, part: Part) -> Measured:
+        """Name the dimensions of what was measured on one network."""
         values = dict(row.items(include_nested=True, leaves_only=True))
         dims = {key: self.dims(key, value.ndim) for key, value in values.items()}
         return Measured(values, dims, self.labels(part.seen, part.model))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Undo", "devices_of", "kept_buffers", "kept_rng", "leave_rng", "parts_of", "remove_all"]
+__all__ = ["Undo", "devices_of", "kept_buffers", "kept_randomness", "kept_rng", "leave_rng", "parts_of", "remove_all"]
 
 _ABSENT = object()
 _here = threading.local()  # .left: whether this thread leaves random states alone
@@ -99,6 +101,31 @@ def leave_rng() -> Iterator[None]:
         yield
     finally:
         _here.left = before
+
+
+@contextmanager
+def kept_randomness(seed: int | None = None) -> Iterator[None]:
+    """Put every global random state back on the way out: Python's, NumPy's, torch's on the CPU and on GPUs in use.
+
+    For whoever runs code of somebody else's that may draw from any of them, such as an environment.
+
+    Args:
+        seed: of all of them, meanwhile; None leaves them as they are.
+    """
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with kept_rng([torch.device("cuda", index) for index in gpus]):
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed % 2**32)
+                torch.default_generator.manual_seed(seed)  # not torch.manual_seed: it marks GPUs that are not in use
+                if gpus:
+                    torch.cuda.manual_seed_all(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager

@@ -44,6 +44,17 @@ def test_sac_both_critics(tmp_path: Path) -> None:
     assert first.steps.tolist() == [60, 120, 180, 240, 300]
 
 
+def test_return_under_ablation(tmp_path: Path) -> None:
+    out = [line for line in ran("return_under_ablation", str(tmp_path)) if line.startswith("step ")]
+    rows = ArtifactBuffer.open(tmp_path)["return"]
+    assert rows.steps.tolist() == [0, 25, 50, 75, 100]
+    returns = rows.series(("actor_network", "return_intact")).mean(1)
+    assert out[-1].startswith(f"step 100: return {returns[-1]:.0f}; more than a fifth")
+    assert returns[-1] > 2 * returns[0]  # it learns
+    assert rows.series("return_ablated")[-1].mean() < returns[-1] / 2  # by what its hidden layer tells it
+    assert "What the agent earns without a part of it" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_inside_a_model() -> None:
     logits = {
         line.split(":")[0].strip(): json.loads(line.split(":", 1)[1])

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from tdhook_train.edit import Edit
 from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.hooks.paths import Selector, selectors
-from tdhook_train.ops.units import unit_axis
+from tdhook_train.ops.units import held, unit_axis
 
 __all__ = ["Ablate"]
 
@@ -63,6 +62,4 @@ class Ablate(Edit):
             raise SettingsError(f"Ablate: the layer has units 0 to {width - 1}, not {max(units)}")
         if isinstance(self.to, tuple) and len(self.to) != len(units):
             raise SettingsError(f"Ablate needs a value for each of {len(units)} units of the layer, got {len(self.to)}")
-        last = value.movedim(axis, -1).clone()
-        last[..., list(units)] = torch.as_tensor(self.to, dtype=value.dtype, device=value.device)
-        return last.movedim(-1, axis)
+        return held(value, units, self.to, axis)

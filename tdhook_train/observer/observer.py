@@ -26,12 +26,12 @@ from tdhook_train.observer.edits import Edits
 from tdhook_train.observer.live_edit import LiveEdit
 from tdhook_train.observer.measure import rows_of
 from tdhook_train.observer.meter import Meter
-from tdhook_train.observer.probe_set import copied
 from tdhook_train.observer.recorder import Recorder
 from tdhook_train.observer.sources import On, Sources
 from tdhook_train.observer.station import Station
 from tdhook_train.observer.subject import Subject
 from tdhook_train.observer.ticks import OnError, Ticks
+from tdhook_train.observer.trajectories import copied
 from tdhook_train.schedule import Budget, Trigger
 from tdhook_train.undo import Undo
 
@@ -175,6 +175,8 @@ class Observer:
         clock.seconds = self.meter.elapsed_s
         self._ticks.live["batch"] = batch if self._ticks.sources.wants("batch") else None
         self._ticks.take()
+        if not self._closed:
+            self._ticks.sources.refresh(clock)
         if self._closed or self._paused:
             clock.asked()
             return False
@@ -302,6 +304,7 @@ class Observer:
             "measured": dict(self._measured),
             "steps_taken": self.steps_taken,
             "edits": self._edits.state_dict(),
+            "probe_sets": self._ticks.sources.state_dict(self.buffer.folder("probe_sets")),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -313,6 +316,7 @@ class Observer:
         self.steps_taken = state["steps_taken"]
         self._ticks.take(wait=True)
         self._ticks.forget()
+        self._ticks.sources.load_state_dict(state.get("probe_sets", {}), self.buffer.folder("probe_sets"))
         self.buffer.truncate(after_step=self.clock.step)
         for row in self._agenda.watched & set(self.buffer):
             self.clock.known[row] = dict(self.buffer[row].last()[0].items(include_nested=True, leaves_only=True))
@@ -370,7 +374,7 @@ def _opened(
 ) -> ArtifactBuffer:
     buffer = into if isinstance(into, ArtifactBuffer) else ArtifactBuffer(into, resume=resume, overwrite=overwrite)
     try:
-        sources.agree_with(buffer.folder("probe_sets"))
+        sources.agree_with(buffer)
     except BaseException:
         buffer.close()
         raise

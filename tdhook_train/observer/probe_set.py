@@ -1,33 +1,38 @@
-"""A fixed batch on which a training is measured, so that what changes is the network alone."""
+"""A batch on which a training is measured, fixed or exchanged now and then, so that what changes is known."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torch import Tensor
+from tensordict.nn import InteractionType, set_interaction_type
+from torch import Tensor, nn
 
-from tdhook_train.errors import GroupsError, KeyMissingError, SettingsError
+from tdhook_train.errors import KeyMissingError, SettingsError, did_you_mean
+from tdhook_train.isolation import in_place
 from tdhook_train.keys import path_of
+from tdhook_train.observer.filling import Filling
+from tdhook_train.observer.trajectories import Groups, copied, groups_of, in_rows, whole
 from tdhook_train.ops.files import whole_file
 from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.ops.folds import in_blocks
-from tdhook_train.undo import Undo
+from tdhook_train.schedule import Trigger
+from tdhook_train.undo import Undo, kept_randomness
 
-__all__ = ["ProbeSet", "copied"]
+__all__ = ["ProbeSet"]
 
-_TRAJECTORY_KEYS: tuple[NestedKey, ...] = (("collector", "traj_ids"), "traj_ids")
-_DONE_KEYS: tuple[NestedKey, ...] = (("next", "done"), "done")
-
-Groups = Any  # a tensor, a key of the batch, "auto" or "rows"
+_EXPLORATION = ("random", "deterministic")
 
 
 class ProbeSet:
-    """A fixed batch, its rows told apart by trajectory.
+    """A batch to measure on, its rows told apart by trajectory: fixed, unless it is refreshed.
+
+    Give it states that were collected in the order of time, never what the sampler of a training buffer draws: that
+    changes the sampler's state, and its rows are in no order.
 
     Args:
         td: the batch, ``[rows, ...]`` or ``[environments, time]``, which is laid end to end. Rows of a trajectory
@@ -49,12 +54,14 @@ class ProbeSet:
         feature_names: Mapping[NestedKey, Sequence[str]] | None = None,
     ) -> None:
         self.feature_names = {key: list(names) for key, names in (feature_names or {}).items()}
+        self.refresh_when: Trigger | None = None
         self._wanted = groups
         self._td: TensorDictBase | None = None
-        self._pending = _Pending(0)
+        self._fill: Callable[[], Filling] | None = None
+        self._filling: Filling | None = None
         self.shape: tuple[int, ...] = ()  # of the batch that was laid end to end
         if td is not None:
-            self._fix(_rows(td), tuple(td.batch_size))
+            self._fix(in_rows(td), groups, tuple(td.batch_size))
 
     @classmethod
     def first(
@@ -62,6 +69,7 @@ class ProbeSet:
         collector: Any = None,
         *,
         frames: int = 2048,
+        refresh: Trigger | None = None,
         feature_names: Mapping[NestedKey, Sequence[str]] | None = None,
     ) -> ProbeSet:
         """Keep the first frames that a TorchRL collector gives out, whole trajectories in time order.
@@ -73,64 +81,149 @@ class ProbeSet:
         Args:
             collector: a TorchRL collector that runs in this process; None to call :meth:`add` by hand.
             frames: how many frames to keep, at most.
+            refresh: when an observer is to exchange them for the frames collected from then on, e.g.
+                ``Every(frames=100_000)``; asked at each step of the training. See :meth:`refresh`.
             feature_names: as above.
         """
         if frames < 2:
             raise SettingsError(f"a probe set needs at least 2 frames, got frames={frames}")
+        if not isinstance(refresh, Trigger | None):
+            raise SettingsError(f"refresh={refresh!r} is no trigger; e.g. refresh=Every(frames=100_000)")
         probe_set = cls(None, feature_names=feature_names)
-        probe_set._pending = _Pending(frames)
-        if collector is not None:
-            probe_set._pending.listen(collector, probe_set.add)
+        probe_set.refresh_when = refresh
+        probe_set._fill = lambda: Filling(frames, collector, probe_set.add)
+        probe_set._filling = probe_set._fill()
         return probe_set
 
-    def add(self, batch: TensorDictBase) -> TensorDictBase:
-        """Take a collected batch into a probe set that is still filling; give the batch back untouched."""
-        if not self.ready:
-            self._pending.take(batch)
-            if self._pending.full:
-                self._fix(self._pending.whole_trajectories())
-        return batch
+    @classmethod
+    def rollout(
+        cls,
+        env: Any,
+        policy: Any = None,
+        *,
+        frames: int = 2048,
+        seed: int = 0,
+        exploration: Literal["random", "deterministic"] = "random",
+        feature_names: Mapping[NestedKey, Sequence[str]] | None = None,
+    ) -> ProbeSet:
+        """Keep the states that a policy visits, whole trajectories in time order.
 
-    def release(self) -> None:
-        """Let go of the collector; a probe set that is still filling is then filled by :meth:`add` alone."""
-        self._pending.undo.close()
+        Equal arguments give equal states. The policy is run in evaluation mode and left as it was, as are the random
+        states of Python, NumPy and torch.
+
+        Args:
+            env: a function that makes a TorchRL environment, which is closed afterwards; or an environment of your
+                own, which is seeded and stepped: not the collector's.
+            policy: whatever ``env.rollout`` takes; random actions if None.
+            frames: environment steps in all. A trajectory cut off at the end is dropped, unless there is no other.
+            seed: of the environment and of what is drawn.
+            exploration: the policy draws its actions, or acts by its mode.
+            feature_names: as above.
+
+        Raises:
+            SettingsError: too few frames, another kind of exploration, or no environment.
+        """
+        if frames < 2:
+            raise SettingsError(f"a probe set needs at least 2 frames, got frames={frames}")
+        if exploration not in _EXPLORATION:
+            near = did_you_mean(str(exploration), _EXPLORATION)
+            raise SettingsError(f"exploration={exploration!r} is none of {', '.join(_EXPLORATION)}{near}")
+        with Undo() as undo:
+            undo.enter_context(kept_randomness(seed))
+            if not isinstance(env, nn.Module):  # as every environment of TorchRL is; its class is none
+                env = _made(env)
+                undo.callback(env.close, raise_if_closed=False)
+            undo.enter_context(in_place(policy if isinstance(policy, nn.Module) else nn.Module(), seed))
+            undo.enter_context(set_interaction_type(InteractionType[exploration.upper()]))
+            undo.enter_context(torch.no_grad())
+            env.set_seed(seed)
+            td = env.rollout(max(frames // env.batch_size.numel(), 1), policy, break_when_any_done=False)
+        rows, groups = whole(copied(td))
+        return cls(rows, groups="auto" if groups is None else groups, feature_names=feature_names)
+
+    def refresh(self, td: TensorDictBase | ProbeSet | None = None, *, groups: Groups = None) -> None:
+        """Exchange the states; rows measured from then on say so by their content hash, and none are mixed.
+
+        An observer keeps every version that it measures on in the run's folder, and forgets what it remembers of the
+        one before. Methods that write a value for each row need as many rows as before (``rows=``).
+
+        Args:
+            td: the new states, as for a new probe set, or another probe set; None for the frames that the collector
+                of :meth:`first` gives out from now on, the old states staying until there are enough. These may begin
+                in the middle of a trajectory.
+            groups: of the new states; as before if None.
+
+        Raises:
+            SettingsError: no states, for a probe set that no collector fills.
+        """
+        if isinstance(td, ProbeSet):
+            self.take_over(td)
+        elif td is not None:
+            before = "auto" if isinstance(self._wanted, Tensor) else self._wanted
+            self._fix(in_rows(td), before if groups is None else groups, tuple(td.batch_size))
+        elif self._fill is None:
+            raise SettingsError("refresh() needs states: this probe set is not filled by a collector")
+        elif self._filling is None:
+            self._filling = self._fill()
+
+    def add(self, batch: TensorDictBase) -> TensorDictBase:
+        """Take a collected batch into a probe set that is filling; give the batch back untouched."""
+        if self._filling is not None:
+            self._filling.take(batch)
+            if self._filling.full:
+                td, groups = self._filling.taken()
+                self._fix(td, "auto" if groups is None else groups)
+        return batch
 
     def take_over(self, other: ProbeSet) -> None:
         """Become another, complete probe set, as a resumed run needs that has collected its first frames before."""
-        self._wanted = "rows" if other.independent else "auto" if other.groups is None else other.groups
-        self._fix(other.td, other.shape)
+        known = "auto" if other.groups is None else other.groups
+        self._fix(other.td, "rows" if other.independent else known, other.shape)
+
+    def stay(self) -> None:
+        """Keep the present states: a refresh that waits for more frames is given up."""
+        if self.ready and self._filling is not None:
+            self._filling.stop()
+            self._filling = None
+
+    def release(self) -> None:
+        """Let go of the collector: first frames that are still missing are then taken by :meth:`add` alone."""
+        if self._filling is not None:
+            self._filling.release()
 
     @property
     def ready(self) -> bool:
-        """Whether the batch is complete."""
+        """Whether there is a batch to measure on."""
         return self._td is not None
+
+    @property
+    def filling(self) -> bool:
+        """Whether it is waiting for frames, its first ones or those of a refresh."""
+        return self._filling is not None
 
     @property
     def td(self) -> TensorDictBase:
         """The batch, ``[rows]``."""
         if self._td is None:
-            raise KeyMissingError(
-                f"the probe set is not complete: {self._pending.seen} of {self._pending.frames} frames"
-            )
+            raise KeyMissingError(f"the probe set is not complete: {self._progress}")
         return self._td
+
+    @property
+    def _progress(self) -> str:
+        seen, frames = (0, 0) if self._filling is None else (self._filling.seen, self._filling.frames)
+        return f"{seen} of {frames} frames"
 
     def __len__(self) -> int:
         return 0 if self._td is None else len(self._td)
 
     def __repr__(self) -> str:
         if not self.ready:
-            return f"ProbeSet({self._pending.seen} of {self._pending.frames} frames so far)"
+            return f"ProbeSet({self._progress} so far)"
         many = "unknown" if self.groups is None else len(self.groups.unique())
         return f"ProbeSet({len(self)} rows, trajectories: {many}, {self.fingerprint:#x})"
 
-    def _fix(self, td: TensorDictBase, shape: tuple[int, ...] | None = None) -> None:
-        self._td = td
-        self.shape = tuple(td.batch_size) if shape is None else shape
-        self.groups = _groups(td, self._wanted, self.shape)
-        self.independent = isinstance(self._wanted, str) and self._wanted == "rows"
-        self.ordered = self.groups is not None and not self.independent and in_blocks(self.groups)
-        self.fingerprint = fingerprint(td)
-        self._pending.undo.close()
+    def _fix(self, td: TensorDictBase, wanted: Groups, shape: tuple[int, ...] = ()) -> None:
+        groups = groups_of(td, wanted, shape[-1] if shape else None)
         for key, names in self.feature_names.items():
             if key not in td.keys(include_nested=True):
                 raise KeyMissingError(f"feature_names names {key!r}, which the probe set has not")
@@ -138,12 +231,17 @@ class ProbeSet:
                 raise SettingsError(
                     f"feature_names has {len(names)} names for {key!r} of {td.get(key).shape[-1]} features"
                 )
+        self._wanted, self._td, self.groups, self.shape = wanted, td, groups, shape
+        self.independent = isinstance(wanted, str) and wanted == "rows"
+        self.ordered = groups is not None and not self.independent and in_blocks(groups)
+        self.fingerprint = fingerprint(td)
+        self.stay()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the probe set to one file."""
         names = [[list(path_of(key)), labels] for key, labels in self.feature_names.items()]
         state = {"td": self.td.cpu().to_dict(), "groups": self.groups, "independent": self.independent, "names": names}
-        state["shape"] = list(self.shape)
+        state["shape"] = list(self.shape or self.td.batch_size)
         with whole_file(Path(path)) as partial:
             torch.save(state, partial)
 
@@ -156,98 +254,12 @@ class ProbeSet:
         rows = len(next(iter(TensorDict(state["td"]).values(include_nested=True, leaves_only=True))))
         names = {tuple(key) if len(key) > 1 else key[0]: labels for key, labels in state["names"]}
         groups = "rows" if state["independent"] else "auto" if state["groups"] is None else state["groups"]
-        td = TensorDict(state["td"], batch_size=[rows]).reshape(state.get("shape", [rows]))
+        td = TensorDict(state["td"], batch_size=[rows]).reshape(state["shape"])
         return cls(td, groups=groups, feature_names=names)
 
 
-def copied(batch: TensorDictBase) -> TensorDictBase:
-    """Copy a batch of a collector, which may use its memory again; what it keeps for itself is left out."""
-    private = [key for key in batch.keys(include_nested=True) if any(p.startswith("_") for p in path_of(key))]
-    return batch.exclude(*private).detach().clone()
-
-
-class _Pending:
-    """Batches on their way to becoming a probe set."""
-
-    def __init__(self, frames: int) -> None:
-        self.frames = frames
-        self.undo = Undo()
-        self._batches: list[TensorDictBase] = []
-
-    @property
-    def seen(self) -> int:
-        return sum(batch.numel() for batch in self._batches)
-
-    @property
-    def full(self) -> bool:
-        return self.seen >= self.frames
-
-    def listen(self, collector: Any, add: Any) -> None:
-        if not hasattr(collector, "postproc"):
-            raise GroupsError(
-                f"{type(collector).__name__} does not let its batches be seen on the way; "
-                "use ProbeSet.first(frames=...) and call probe_set.add(batch) in the loop"
-            )
-        before = collector.postproc
-
-        def passing(batch: TensorDictBase) -> TensorDictBase:
-            return add(batch if before is None else before(batch))
-
-        def put_back() -> None:
-            if collector.postproc is passing:  # somebody's own postproc may wrap ours by now: then ours only passes
-                collector.postproc = before
-
-        collector.postproc = passing
-        self.undo.callback(put_back)
-
-    def take(self, batch: TensorDictBase) -> None:
-        self._batches.append(copied(batch))
-
-    def whole_trajectories(self) -> TensorDictBase:
-        """Join the batches in time, keep the first frames, and drop trajectories that were cut off."""
-        joined = torch.cat(self._batches, dim=-1)
-        self._batches = []
-        steps = self.frames // max(joined.numel() // joined.shape[-1], 1)
-        joined = joined[..., :steps]
-        td = _rows(joined)
-        groups = _groups(td, "auto", tuple(joined.shape))
-        if groups is None:
-            return td
-        last = _done(td)
-        whole = groups[last].unique() if last is not None else groups.unique()
-        keep = torch.isin(groups, whole)
-        return td[keep] if keep.any() else td
-
-
-def _rows(td: TensorDictBase) -> TensorDictBase:
-    """Lay environments end to end, each in the order of time."""
-    if td.batch_dims == 0:
-        raise SettingsError("a probe set needs a batch of rows; the TensorDict has batch_size=[]")
-    return td.detach().reshape(-1).clone()
-
-
-def _done(td: TensorDictBase) -> Tensor | None:
-    key = next((key for key in _DONE_KEYS if key in td.keys(include_nested=True)), None)
-    return None if key is None else td.get(key).reshape(len(td), -1).any(1)
-
-
-def _groups(td: TensorDictBase, wanted: Groups, shape: tuple[int, ...]) -> Tensor | None:
-    if isinstance(wanted, Tensor):
-        if wanted.numel() != len(td):
-            raise GroupsError(f"groups has {wanted.numel()} entries for {len(td)} rows")
-        return wanted.reshape(-1).cpu().to(torch.int64)
-    if wanted == "rows":
-        return torch.arange(len(td))
-    keys = _TRAJECTORY_KEYS if wanted == "auto" else (wanted,)
-    for key in keys:
-        if key in td.keys(include_nested=True):
-            return td.get(key).reshape(len(td), -1)[:, 0].cpu().to(torch.int64)
-    if wanted != "auto":
-        raise KeyMissingError(f"groups={wanted!r} is no key of the probe set")
-    done = _done(td)
-    if done is None:
-        return None
-    # a new trajectory begins on the row after a done flag, and with each environment
-    begins = done.cpu().roll(1)
-    begins.view(-1, shape[-1])[:, 0] = True
-    return begins.long().cumsum(0) - 1
+def _made(make_env: Any) -> Any:
+    env = make_env() if callable(make_env) else make_env
+    if not hasattr(env, "rollout"):
+        raise SettingsError(f"ProbeSet.rollout needs an environment or what makes one, got a {type(env).__name__}")
+    return env

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.errors import KeyMissingError, SchemaError, SettingsError
 from tdhook_train.observer.probe_set import ProbeSet
+from tdhook_train.schedule import Clock
 
 __all__ = ["Live", "On", "Source", "Sources"]
 
@@ -34,7 +37,7 @@ class Source:
     ordered: bool = False
     independent: bool = False
     names: Mapping[NestedKey, list[str]] = field(default_factory=dict)
-    fixed: bool = False  # the same at every tick
+    fixed: bool = False  # the same at every tick, until its probe set is refreshed
     shape: tuple[int, ...] = ()  # of the batch, before its rows were laid end to end
 
     @classmethod
@@ -72,6 +75,8 @@ class Sources:
                 raise SettingsError(
                     f'on={given}{where} is neither "batch" nor "collected" nor a ProbeSet; see ProbeSet(td)'
                 )
+        self._refreshed = [source for _, source in self._probe_sets() if source.refresh_when is not None]
+        self._kept: dict[str, dict[int, Path]] = {}  # by content hash, what lies in the run's folder of a probe set
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,29 +87,72 @@ class Sources:
         """Whether one of the sources is the batch in training, or the last collected one."""
         return live in self._named.values()
 
-    def agree_with(self, folder: Path) -> None:
+    def agree_with(self, buffer: ArtifactBuffer) -> None:
         """Go on with the probe sets that a resumed run keeps: rows of different data are never mixed.
+
+        Of one that was refreshed, the version of the last row is taken, until a checkpoint says otherwise.
 
         Raises:
             SchemaError: another probe set was given than the run was measured on.
         """
+        folder = buffer.folder("probe_sets")
         for name, source in self._probe_sets():
-            path = _file(folder, name)
-            if not path.is_file():
+            kept = self._kept[name] = _versions(folder, name)
+            if not kept:
                 continue
-            stored = ProbeSet.load(path)
             if not source.ready:
-                source.take_over(stored)
-            elif source.fingerprint != stored.fingerprint:
+                last = _last(buffer, name)
+                source.take_over(ProbeSet.load(kept[last] if last in kept else _file(folder, name)))
+            elif source.fingerprint not in kept:
+                stored = ProbeSet.load(_file(folder, name))
                 raise SchemaError(
                     f"the rows beside {folder} were measured on {stored!r}, not on {source!r}; "
-                    f"go on with ProbeSet.load({str(path)!r}), or choose another folder"
+                    f"go on with ProbeSet.load({str(_file(folder, name))!r}), or choose another folder"
                 )
+
+    def refresh(self, clock: Clock) -> None:
+        """Let the probe sets whose time has come wait for other states."""
+        for source in self._refreshed:
+            if source.ready and source.refresh_when is not None and source.refresh_when.due(clock):
+                source.refresh()
+
+    def state_dict(self, folder: Path) -> dict[str, Any]:
+        """Say which version of each probe set is in use, and keep it, so that a resumed run goes on with it."""
+        state = {}
+        for name, source in self._probe_sets():
+            if source.ready and folder.is_dir():
+                self._keep(name, source, folder)
+            state[name] = {"data": source.fingerprint if source.ready else None, "filling": source.filling}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Go on with these versions.
+
+        Raises:
+            KeyMissingError: the folder does not hold one.
+        """
+        for name, source in self._probe_sets():
+            known = state.get(name, {"data": None})
+            if known["data"] is None:
+                continue
+            if (path := _versions(folder, name).get(known["data"])) is None:
+                raise KeyMissingError(f"{folder} holds no probe set {name!r} of content hash {known['data']:#x}")
+            if not source.ready or source.fingerprint != known["data"]:
+                source.take_over(ProbeSet.load(path))
+            if known["filling"]:
+                source.refresh()
+
+    def close(self) -> None:
+        """Give up what observing began, and let probe sets that are still filling go of their collectors."""
+        for source in self._refreshed:
+            source.stay()
+        for source in self.unready():
+            source.release()
 
     def ready(
         self, live: Mapping[Live, TensorDictBase | None], folder: Path, skip: Callable[[str, str], None]
     ) -> Iterator[tuple[str, Source]]:
-        """Yield what can be measured on now; keep a probe set in the run's folder the first time.
+        """Yield what can be measured on now; keep every version of a probe set in the run's folder.
 
         Args:
             live: the batch in training, and the last collected one.
@@ -118,8 +166,7 @@ class Sources:
             if not source.ready:
                 skip("not ready", f"{source!r}")
                 continue
-            if not _file(folder, name).is_file():
-                source.save(_file(folder, name))
+            self._keep(name, source, folder)
             yield name, Source.of(source)
         for name, kind in [(name, source) for name, source in self._named.items() if not isinstance(source, ProbeSet)]:
             if (batch := live.get(kind)) is None:
@@ -133,14 +180,44 @@ class Sources:
         """Return the probe sets that are not complete."""
         return [source for _, source in self._probe_sets() if not source.ready]
 
-    def close(self) -> None:
-        """Let probe sets that are still filling go of their collectors."""
-        for source in self.unready():
-            source.release()
-
     def _probe_sets(self) -> Iterator[tuple[str, ProbeSet]]:
         return ((name, source) for name, source in self._named.items() if isinstance(source, ProbeSet))
 
+    def _keep(self, name: str, source: ProbeSet, folder: Path) -> None:
+        kept = self._kept.setdefault(name, {})
+        if source.fingerprint not in kept:
+            path = kept[source.fingerprint] = _file(folder, name, source.fingerprint if kept else None)
+            source.save(path)
 
-def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name or 'probe_set'}.pt"
+
+def _file(folder: Path, name: str, version: int | None = None) -> Path:
+    """Say where a probe set lies: the first one under its name, others under their content hash as well."""
+    return folder / (f"{name or 'probe_set'}{'' if version is None else f'.{_hex(version)}'}.pt")
+
+
+def _hex(version: int) -> str:
+    return f"{version % 2**64:016x}"
+
+
+def _versions(folder: Path, name: str) -> dict[int, Path]:
+    """Return every version of a probe set that is kept, by content hash."""
+    first = _file(folder, name)
+    if not first.is_file():
+        return {}
+    others = folder.glob(f"{glob.escape(first.stem)}.{'[0-9a-f]' * 16}.pt")
+    found = {_signed(int(path.stem.rsplit(".", 1)[-1], 16)): path for path in sorted(others)}
+    return {ProbeSet.load(first).fingerprint: first} | found
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _last(buffer: ArtifactBuffer, name: str) -> int | None:
+    """Return the content hash of what the last row of a source was measured on."""
+    artifacts = [buffer[row] for row in buffer if row.endswith(f".{name}" if name else "")]
+    rows = [(int(artifact.steps[-1]), artifact) for artifact in artifacts if len(artifact.steps)]
+    if not rows:
+        return None
+    _, artifact = max(rows, key=lambda row: row[0])
+    return int(artifact.series(("meta", "data"))[-1])

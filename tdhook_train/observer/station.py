@@ -6,8 +6,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from tensordict import TensorDictBase
-
 from tdhook_train.observer.measure import Row, Rows, Tick, measure
 from tdhook_train.observer.sources import Source
 from tdhook_train.observer.subject import Subject
@@ -27,6 +25,12 @@ class Measurement:
     data: int
 
 
+@dataclass(frozen=True)
+class _OfData:
+    data: int  # its fingerprint
+    kept: dict[str, Any]
+
+
 class Station:
     """Measures one batch after another with the same methods.
 
@@ -38,8 +42,8 @@ class Station:
     def __init__(self, methods: Rows, seed: int) -> None:
         self.methods = methods
         self.seed = seed
-        self._previous: dict[str, dict[str, TensorDictBase]] = {}  # by source, then row
-        self._memo: dict[str, tuple[int, dict[str, dict[Any, Any]]]] = {}  # by source: of which data
+        self._previous: dict[str, _OfData] = {}  # by source: the last rows
+        self._memo: dict[str, _OfData] = {}  # by source, for those that stay the same from tick to tick
 
     def forget(self) -> None:
         """Forget the ticks before, as going back to a checkpoint needs."""
@@ -65,18 +69,18 @@ class Station:
         """
         name, source = on
         methods = {row: self.methods[row] for row in self.methods if row in due}
-        previous = self._previous.setdefault(name, {})
-        tick = Tick(now, self.seed, {row: previous.get(row) for row in methods}, self._memo_of(name, source))
+        previous = _same(self._previous, name, source.fingerprint if source.fixed else 0)
+        memo = _same(self._memo, name, source.fingerprint) if source.fixed else {}
+        tick = Tick(now, self.seed, {row: previous.get(row) for row in methods}, memo)
         with subject.open(tick.generator("model").initial_seed(), source.batch):
             rows = measure(subject, methods, source, tick, failed)
             weights = subject.fingerprint()
         previous |= {row.name: row.measured.tensordict() for row in rows}
         return Measurement(name, now, rows, weights, source.fingerprint)
 
-    def _memo_of(self, name: str, source: Source) -> dict[str, dict[Any, Any]]:
-        if not source.fixed:
-            return {}
-        known = self._memo.get(name)
-        if known is None or known[0] != source.fingerprint:
-            known = self._memo[name] = (source.fingerprint, {})
-        return known[1]
+
+def _same(kept: dict[str, _OfData], source: str, data: int) -> dict[str, Any]:
+    """Return what is kept of a source, nothing where its data has changed."""
+    if source not in kept or kept[source].data != data:
+        kept[source] = _OfData(data, {})
+    return kept[source].kept

@@ -7,12 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["as_rows", "dormancy", "evenly_spaced", "padded", "unit_axis"]
+__all__ = ["as_rows", "dormancy", "evenly_spaced", "held", "padded", "unit_axis"]
 
 
 def unit_axis(value: Tensor) -> int:
     """Say which dimension of an activation its units are along: the channels of an image, else the last."""
     return 1 if value.ndim == 4 else value.ndim - 1
+
+
+def held(value: Tensor, units: Sequence[int], to: Tensor | float | Sequence[float], axis: int) -> Tensor:
+    """Return a copy of an activation in which some of its units, along ``axis``, have a fixed value or fixed values."""
+    last = value.movedim(axis, -1).clone()
+    last[..., list(units)] = torch.as_tensor(to, dtype=value.dtype, device=value.device)
+    return last.movedim(-1, axis)
 
 
 def as_rows(value: Tensor) -> Tensor:

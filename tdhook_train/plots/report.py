@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tdhook_train.errors import KeyMissingError
 from tdhook_train.plots import png
 from tdhook_train.plots.page import page
-from tdhook_train.plots.sections import attribution, cost, health, patching, probe, saliency
+from tdhook_train.plots.sections import ablation, attribution, cost, health, patching, probe, saliency
 from tdhook_train.plots.sections import training as curve
 from tdhook_train.plots.source import marks, read, recorded
 
@@ -60,6 +60,7 @@ def write_report(
         attribution.section(buffer, noted),
         *(() if looks is None else (looks,)),
         patching.section(buffer, noted),
+        *([played] if (played := ablation.section(buffer, noted)) else []),
         health.section(buffer, noted),
         cost.section(buffer, training, noted),
     )

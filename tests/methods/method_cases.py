@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from method_env import Answering
 from tensordict import TensorDict
 from torch import nn
 
@@ -12,8 +13,10 @@ from tdhook_train import Method, attribution, health, latent
 from tdhook_train.attribution import IntegratedGradients, Saliency
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
 from tdhook_train.latent import Ablate, ActivationAddition, ActivationPatching, RidgeProbe, SteeringVectors
+from tdhook_train.rl import AblatedReturn
 
 PUBLIC = [getattr(family, name) for family in (attribution, health, latent) for name in family.__all__]
+PUBLIC += [AblatedReturn]  # outside the families, since it needs TorchRL
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,20 @@ CASES = (
         frozenset(DeadUnits.writes),
     ),
     Case(ReDo, {"layers": ("0", "1"), "tau": 0.5}, {"tau": 0.0}, {"tau": [-0.1, float("nan")]}, frozenset(ReDo.writes)),
+    Case(
+        AblatedReturn,
+        {"make_env": Answering, "layers": ("0", "1"), "units": "each", "by": "mean", "episodes": 3},
+        {"by": "zero"},
+        {
+            "make_env": [None, Answering()],
+            "units": ["all", (-1,), (0.5,)],
+            "by": ["median"],
+            "episodes": [0],
+            "max_steps": [0],
+            "exploration": ["mode"],
+        },
+        frozenset(AblatedReturn.writes),
+    ),
     Case(EffectiveRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(EffectiveRank.writes)),
 )
 

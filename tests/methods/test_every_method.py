@@ -36,7 +36,7 @@ def test_settings_are_refused_when_they_are_made(case):
     for name, values in case.refused.items():
         for value in values:
             with pytest.raises(SettingsError, match=r"needs|is none of|is no key"):
-                case.make(**{name: value})
+                case.make(**(case.settings | {name: value}))
 
 
 @each
