@@ -55,6 +55,28 @@ def test_return_under_ablation(tmp_path: Path) -> None:
     assert "What the agent earns without a part of it" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_dqn_cartpole(tmp_path: Path) -> None:
+    out = [line for line in ran("dqn_cartpole", str(tmp_path)) if line.startswith("step")]
+    assert [line.split(":")[0] for line in out] == [f"step {step}" for step in (300, 600, 900, 1200, 1500)]
+    buffer = ArtifactBuffer.open(tmp_path)
+    assert buffer["probe"].series(("meta", "frames")).tolist() == [1400, 2600, 3800, 5000, 6000]  # of the batch at hand
+    assert len(buffer["sleep"].coords["layer"]) == 4  # two of the network, two of its target
+    last = buffer["probe"].coords["layer"].index("value_network.module.0.module.4")
+    r2 = buffer["probe"].series("r2")[:, last, 0].tolist()
+    assert out[-1].startswith(f"step 1500: R² of the angle {r2[-1]:.2f}")
+    assert r2[-1] > r2[0]  # it learns what its decisions need
+
+
+def test_multi_agent_ppo(tmp_path: Path) -> None:
+    out = ran("multi_agent_ppo", str(tmp_path))
+    assert [line.split(":")[0] for line in out] == [f"step {step}" for step in (0, 100, 200, 300)]
+    rests = ArtifactBuffer.open(tmp_path)["rests"].series(("actor_network", "attr", "observation"))
+    assert rests.shape == (4, 320, 2, 2, 2)
+    for agent in range(2):  # each decides by what it sees itself
+        assert rests[:, :, agent, agent].abs().sum() > 0
+        assert not rests[:, :, agent, 1 - agent].any()
+
+
 def test_inside_a_model() -> None:
     logits = {
         line.split(":")[0].strip(): json.loads(line.split(":", 1)[1])
