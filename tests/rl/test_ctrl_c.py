@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import test_trainers as trainers
 import torch
-from test_trainers import AFTER, begin, hooks_on, rows_of, same, saved
+from test_trainers import AFTER, begin, hooks_on, left_behind, rows_of, same, saved
 from tiny import make
 
 from tdhook_train import ArtifactBuffer
@@ -45,6 +44,33 @@ def modes(trainer: Any) -> list[bool]:
     return [part.training for part in trainer.loss_module.modules()]
 
 
+def cut_short(name: str, door: str, path: Any) -> dict[str, list[int]]:
+    """Train until the interruption; return the steps of each row then."""
+    cut, observer = begin(name, door, path / "run")
+    saved(cut, path / "checkpoint", fails=False)
+    state: dict[str, Any] = {}
+    cut.register_op("process_optim_batch", lambda _: state.update(rng=torch.get_rng_state(), modes=modes(cut)))
+    with observer:
+        with pytest.raises(KeyboardInterrupt):
+            cut.train()
+        steps = {row: observer.buffer[row].steps.tolist() for row in observer.buffer}
+        assert modes(cut) == state["modes"]
+        if door == "loss":  # the hook measures before the state is noted
+            assert torch.equal(torch.get_rng_state(), state["rng"])
+    assert hooks_on(cut) == hooks_on(make(name))  # TorchRL's own
+    cut.collector.shutdown()
+    return steps
+
+
+def refuse_half_rows(path: Any, steps: dict[str, list[int]], expected: dict[str, torch.Tensor]) -> None:
+    """Find the rows that were there when the run ended, each holding what the uninterrupted run has."""
+    stored = ArtifactBuffer.open(path)
+    for row, known in steps.items():
+        assert stored[row].steps.tolist() == known
+        for key, value in stored[row][:].exclude("meta").items(True, True):
+            assert torch.equal(value, expected[f"{row}/{key}"][: len(known)])
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("name", "door"), [("sac", "loss"), ("td3", "hook")])
 def test_a_run_that_is_interrupted_in_a_measurement_is_resumed_as_if_it_had_not_been(
@@ -55,28 +81,11 @@ def test_a_run_that_is_interrupted_in_a_measurement_is_resumed_as_if_it_had_not_
         calls = interrupt(patch, place, after=-1)
         whole.train()
         observer.finish()
-        expected, end = rows_of(observer), trainers.left_behind(whole)
-
-    cut, observer = begin(name, door, tmp_path / "run")
-    saved(cut, tmp_path / "checkpoint", fails=False)
-    with monkeypatch.context() as patch, observer:
+        expected, end = rows_of(observer), left_behind(whole)
+    with monkeypatch.context() as patch:
         interrupt(patch, place, after=round(len(calls) * 0.8))
-        state = {}
-        cut.register_op("process_optim_batch", lambda _: state.update(rng=torch.get_rng_state(), modes=modes(cut)))
-        with pytest.raises(KeyboardInterrupt):
-            cut.train()
-        steps = {row: observer.buffer[row].steps.tolist() for row in observer.buffer}
-        assert modes(cut) == state["modes"]
-        if door == "loss":  # the hook measures before the state is noted
-            assert torch.equal(torch.get_rng_state(), state["rng"])
-    assert hooks_on(cut) == hooks_on(make(name))  # TorchRL's own
-    cut.collector.shutdown()
-    stored = ArtifactBuffer.open(tmp_path / "run")
-    for row, known in steps.items():  # whole rows, and of each what the uninterrupted run has
-        assert stored[row].steps.tolist() == known
-        for key in [key for key in expected if key.startswith(f"{row}/") and "meta" not in key]:
-            assert torch.equal(rows_of_one(stored, row, key), expected[key][: len(known)])
-
+        steps = cut_short(name, door, tmp_path)
+    refuse_half_rows(tmp_path / "run", steps, expected)
     resumed, observer = begin(name, door, tmp_path / "run", resume=True)
     with observer:
         resumed.load_from_file(tmp_path / "checkpoint")
@@ -85,9 +94,4 @@ def test_a_run_that_is_interrupted_in_a_measurement_is_resumed_as_if_it_had_not_
         observer.finish()
         found = rows_of(observer)
     assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in expected.items()}
-    assert same(trainers.left_behind(resumed), end)
-
-
-def rows_of_one(buffer: ArtifactBuffer, row: str, key: str) -> torch.Tensor:
-    rows = buffer[row][:]
-    return next(value for path, value in rows.items(True, True) if f"{row}/{path}" == key)
+    assert same(left_behind(resumed), end)
