@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -16,7 +16,6 @@ from torch import nn
 from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.errors import (
     ClosedError,
-    NetworkError,
     SettingsError,
     did_you_mean,
 )
@@ -27,6 +26,7 @@ from tdhook_train.observer.live_edit import LiveEdit
 from tdhook_train.observer.measure import rows_of
 from tdhook_train.observer.meter import Meter
 from tdhook_train.observer.recorder import Recorder
+from tdhook_train.observer.rounds import Rounds
 from tdhook_train.observer.sources import On, Sources
 from tdhook_train.observer.station import Station
 from tdhook_train.observer.subject import Subject
@@ -98,21 +98,25 @@ class Observer:
         if not isinstance(background, int) or background < 0:
             raise SettingsError(f"background={background!r} is neither True, False nor how many snapshots may wait")
         self._waiting = _WAITING if background is True else int(background)
+        waiting = _WAITING if background is True else int(background)
         sources = Sources(on)
-        self._agenda = Agenda(when, self.methods, sources.names)
-        self.buffer = _opened(into, sources, resume=resume, overwrite=overwrite)
-        recorder = Recorder(self.buffer, self.methods, loggers)
-        self._edits = Edits(edits or {}, self._agenda, recorder, seed)
-        self._ticks = Ticks(Station(self.methods, seed), sources, recorder, budget, on_error)
-        self._ticks.watched = self._agenda.watched
-        self.clock = self._ticks.clock
-        self.optimizers: list[torch.optim.Optimizer] = []  # of the weights that live edits may write
-        self.subject: Subject | None = None
+        agenda = Agenda(when, self.methods, sources.names)
+        self.buffer = (
+            into if isinstance(into, ArtifactBuffer) else ArtifactBuffer(into, resume=resume, overwrite=overwrite)
+        )
+        with Undo() as undo:
+            undo.callback(self.buffer.close)
+            sources.agree_with(self.buffer)
+            recorder = Recorder(self.buffer, self.methods, loggers)
+            ticks = Ticks(Station(self.methods, seed), sources, recorder, budget, on_error)
+            self._rounds = Rounds(agenda, ticks, Edits(edits or {}, agenda, recorder, seed), waiting)
+            undo.pop_all()  # from here on it is for close() to let go of the buffer
+        self._ticks = ticks
+        self.clock = ticks.clock
         self.steps_taken: int | None = None  # optimizer steps so far, where a front door counts them
         self.undo = Undo()  # what front doors put on models and optimizers, taken off by close()
         self._paused = 0
         self._closed = False
-        self._measured: dict[str, int] = {}  # the last step of each row
 
     # ------------------------------------------------------------------ what is observed
 
@@ -126,23 +130,17 @@ class Observer:
             NetworkError: the model holds no network, or ``networks=`` names none, or another model is observed.
         """
         self._check_open()
-        if self.subject is not None and self.subject.model is not model:
-            known, given = (type(m).__name__ for m in (self.subject.model, model))
-            raise NetworkError(f"this observer observes another {known}; make one more observer for this {given}")
-        subject = Subject(model, in_keys, out_keys)
-        for methods in self.methods.values():
-            for method in methods:
-                method.check(subject.networks)
-        self._edits.check(model)
-        self.subject = subject
-        stored = self.buffer.folder("initial") / "weights.pt"
-        if stored.is_file():
-            subject.load_initial(stored)
-        else:
-            subject.remember_initial()
-            subject.save_initial(stored)
-        if self._waiting:
-            self._ticks.begin_in_background(subject, self._waiting)
+        self._rounds.attach(Subject(model, in_keys, out_keys))
+
+    @property
+    def subject(self) -> Subject | None:
+        """The model that is observed, once there is one."""
+        return self._rounds.subject
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those of the weights that live edits may write; front doors add theirs."""
+        return self._rounds.optimizers
 
     # ------------------------------------------------------------------ as training goes on
 
@@ -180,7 +178,7 @@ class Observer:
         if self._closed or self._paused:
             clock.asked()
             return False
-        return self._follow(model)
+        return self._rounds.go(model)
 
     def collected(self, batch: TensorDictBase, *, frames: int | None = None) -> None:
         """Say what was just collected: what ``on="collected"`` is measured on, and how far the frames are.
@@ -215,11 +213,7 @@ class Observer:
         counted = self.clock.step if self.steps_taken is None else self.steps_taken
         self.clock.step = counted if step is None else step
         self.clock.seconds = self.meter.elapsed_s
-        self.clock.asked()
-        rows = frozenset(row for row in self.methods if self._measured.get(row) != self.clock.step)
-        measured = bool(rows) and self._tick(self.subject.model, rows, free=True)
-        self._ticks.take(wait=True)
-        return measured
+        return self._rounds.finish(self.subject.model)
 
     def alert(self, when: Trigger, *, mark: str | None = None, call: Callable[[Observer], None] | None = None) -> None:
         """Put a mark on the time axis, or call a function, whenever a trigger is due.
@@ -238,7 +232,7 @@ class Observer:
             if call is not None:
                 call(self)
 
-        self._agenda.alert(when, tell)
+        self._rounds.agenda.alert(when, tell)
 
     @property
     def meter(self) -> Meter:
@@ -277,12 +271,10 @@ class Observer:
 
     def _let_go(self) -> None:
         self._closed = True
-        self.subject = None
         with ExitStack() as each:  # all of them, whatever one of them raises
             each.callback(self.buffer.close)
-            each.callback(self._ticks.close)
             each.callback(self.undo.close)
-            each.callback(self._edits.end, self.clock.now, every=True)
+            each.callback(self._rounds.close)
 
     def __enter__(self) -> Observer:
         return self
@@ -298,84 +290,22 @@ class Observer:
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint of the training."""
         self._ticks.take(wait=True)
-        clock = self.clock.state_dict()
-        return {
-            "clock": clock,
-            "measured": dict(self._measured),
-            "steps_taken": self.steps_taken,
-            "edits": self._edits.state_dict(),
-            "probe_sets": self._ticks.sources.state_dict(self.buffer.folder("probe_sets")),
-        }
+        probe_sets = self._ticks.sources.state_dict(self.buffer.folder("probe_sets"))
+        known = {"clock": self.clock.state_dict(), "steps_taken": self.steps_taken, "probe_sets": probe_sets}
+        return known | self._rounds.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: rows of later steps are dropped, passed boundaries do not fire again."""
         self._check_open()
         self.clock.load_state_dict(dict(state["clock"]))
-        self._measured = dict(state["measured"])
-        self._edits.load_state_dict(state["edits"])
+        self._rounds.load_state_dict(state)
         self.steps_taken = state["steps_taken"]
         self._ticks.take(wait=True)
         self._ticks.forget()
-        self._ticks.sources.load_state_dict(state.get("probe_sets", {}), self.buffer.folder("probe_sets"))
+        self._ticks.sources.load_state_dict(state["probe_sets"], self.buffer.folder("probe_sets"))
         self.buffer.truncate(after_step=self.clock.step)
-        for row in self._agenda.watched & set(self.buffer):
-            self.clock.known[row] = dict(self.buffer[row].last()[0].items(include_nested=True, leaves_only=True))
-
-    def _follow(self, model: nn.Module) -> bool:
-        """Do what is due; what was measured here may make more due."""
-        clock, edits = self.clock, self._edits
-        done: frozenset[str] = frozenset()
-        if edits:
-            edits.go_on(model)
-            edits.end(clock.now)
-        while True:
-            rows, calls = self._agenda.rows(clock), self._agenda.tell(clock)
-            begin = edits.due(clock) if edits else ()
-            clock.asked()
-            rows -= done
-            if rows and self._tick(model, rows):
-                done |= rows
-            for call in calls:
-                call()
-            for name in begin:
-                self._edit(name, model)
-            if not clock.fresh:
-                return bool(done)
-
-    def _tick(self, model: nn.Module, rows: frozenset[str], *, free: bool = False) -> bool:
-        subject = self._observed(model)
-        with self._edits.left_out() if not subject.is_loss else nullcontext():
-            measured = self._ticks.measure(subject, self.clock.now, rows, free=free)
-        if measured:
-            self._measured |= dict.fromkeys(rows, self.clock.step)
-        return measured
-
-    def _edit(self, name: str, model: nn.Module) -> None:
-        subject = self._observed(model)
-        if not self._edits.writes(name):
-            self._edits.begin(name, model, self.clock.now)
-        elif (source := next(self._ticks.ready(self.clock.now), None)) is not None:
-            self._edits.write(name, subject, self.clock.now, source, self.optimizers)
-
-    def _observed(self, model: nn.Module) -> Subject:
-        if not self.meter.ticks and not self._measured:
-            self._ticks.recorder.refuse_going_back(self.clock.step)
-        if self.subject is None or self.subject.model is not model:
-            self.attach(model)
-        return cast(Subject, self.subject)
+        self._rounds.remember()
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the observer is closed; make a new one (with resume=True to go on in its folder)")
-
-
-def _opened(
-    into: ArtifactBuffer | str | os.PathLike[str], sources: Sources, *, resume: bool, overwrite: bool
-) -> ArtifactBuffer:
-    buffer = into if isinstance(into, ArtifactBuffer) else ArtifactBuffer(into, resume=resume, overwrite=overwrite)
-    try:
-        sources.agree_with(buffer)
-    except BaseException:
-        buffer.close()
-        raise
-    return buffer
