@@ -97,7 +97,6 @@ class Observer:
             raise SettingsError(f"on_error={on_error!r}{did_you_mean(on_error, ('raise', 'warn', 'skip'))}")
         if not isinstance(background, int) or background < 0:
             raise SettingsError(f"background={background!r} is neither True, False nor how many snapshots may wait")
-        self._waiting = _WAITING if background is True else int(background)
         waiting = _WAITING if background is True else int(background)
         sources = Sources(on)
         agenda = Agenda(when, self.methods, sources.names)
@@ -206,10 +205,15 @@ class Observer:
         Args:
             step: optimizer steps behind them; known without it where a front door counts steps.
         """
+        if self._closed:
+            warnings.warn(
+                "the observer is closed: call finish() before close() to measure the last weights", stacklevel=2
+            )
         if self._closed or self.subject is None:
             return False
         for source in self._ticks.sources.unready():
-            warnings.warn(f"nothing was measured on {source!r}: it never became complete", stacklevel=2)
+            said = "it never became complete; ask for fewer frames, or give it a collector"
+            warnings.warn(f"nothing was measured on {source!r}: {said}", stacklevel=2)
         counted = self.clock.step if self.steps_taken is None else self.steps_taken
         self.clock.step = counted if step is None else step
         self.clock.seconds = self.meter.elapsed_s
@@ -224,7 +228,12 @@ class Observer:
             when: a trigger.
             mark: its label.
             call: called with the observer.
+
+        Raises:
+            SettingsError: neither a label nor a function, or a trigger that goes by a row that is not measured.
         """
+        if mark is None and call is None:
+            raise SettingsError('an alert puts a mark or calls: observer.alert(trigger, mark="...") or call=function')
 
         def tell() -> None:
             if mark is not None:

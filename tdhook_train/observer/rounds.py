@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -16,6 +17,12 @@ from tdhook_train.observer.subject import Subject
 from tdhook_train.observer.ticks import Ticks
 
 __all__ = ["Rounds"]
+
+
+_TELL = {
+    "frames": "observer.collected(data) for each batch, or observer.clock.frames = collected",
+    "epochs": "observer.clock.epoch = epoch",
+}
 
 
 class Rounds:
@@ -81,6 +88,10 @@ class Rounds:
 
     def finish(self, model: nn.Module) -> bool:
         """Measure what was not measured at this step, and do what that makes due."""
+        for scale in self.agenda.untold(self.clock):
+            warnings.warn(
+                f"what goes by {scale} was never due: the observer was not told of them; {_TELL[scale]}", stacklevel=3
+            )
         self.clock.asked()
         rows = frozenset(row for row in self.agenda.all if self._measured.get(row) != self.clock.step)
         measured = bool(rows) and self._measure(model, rows, free=True)
@@ -125,6 +136,11 @@ class Rounds:
         if not self._edits.writes(name):
             self._edits.begin(name, model, self.clock.now)
         elif (source := next(self.ticks.ready(self.clock.now), None)) is not None:
+            if not self.optimizers:
+                said = "pass it: ObservedLoss(loss, observer, optimizer), or observer.optimizers.append(optimizer)"
+                warnings.warn(
+                    f"{name!r} writes weights whose optimizer is not known, and keeps its moments; {said}", stacklevel=2
+                )
             self._edits.write(name, subject, self.clock.now, source, self.optimizers)
 
     def _observed(self, model: nn.Module) -> Subject:

@@ -80,7 +80,14 @@ class Ticks:
 
     def ready(self, now: Times) -> Iterator[tuple[str, Source]]:
         """Yield what can be measured on now, by name; what is not ready is noted."""
-        return self.sources.ready(self.live, self._folder, lambda *why: self._skip(now, *why))
+
+        def skip(why: str, detail: str) -> None:
+            self._skip(now, why, detail)
+            if now.step == 0:  # later moments come again
+                said = "ask for no more frames than the first batch has, or take ProbeSet.rollout(make_env, policy)"
+                warnings.warn(f"step 0 is not measured on {detail}; {said}", stacklevel=2)
+
+        return self.sources.ready(self.live, self._folder, skip)
 
     def _here(self, subject: Subject, now: Times, rows: frozenset[str], ready: Iterable[tuple[str, Source]]) -> bool:
         committed = False
@@ -156,6 +163,7 @@ class Ticks:
     def _failed(self, now: Times, row: str, error: Exception) -> None:
         self.recorder.buffer.note("error", step=now.step, row=row, error=f"{type(error).__name__}: {error}")
         if self.on_error == "raise":
+            error.add_note(f"while {row!r} was measured at step {now.step}")
             raise error
         if self.on_error == "warn":
             warnings.warn(f"measuring {row!r} at step {now.step} failed: {error}", stacklevel=2)

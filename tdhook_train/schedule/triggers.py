@@ -36,6 +36,11 @@ class Trigger(ABC):
         """The rows whose values it goes by."""
         return frozenset()
 
+    @property
+    def scales(self) -> frozenset[str]:
+        """The scales of the clock that it goes by."""
+        return frozenset()
+
     def __or__(self, other: Trigger) -> Trigger:
         """Due when either is."""
         return _Any(self, other)
@@ -57,6 +62,10 @@ class _Any(Trigger):
     def rows(self) -> frozenset[str]:
         return self.left.rows | self.right.rows
 
+    @property
+    def scales(self) -> frozenset[str]:
+        return self.left.scales | self.right.scales
+
 
 @dataclass(frozen=True)
 class _All(Trigger):
@@ -69,6 +78,10 @@ class _All(Trigger):
     @property
     def rows(self) -> frozenset[str]:
         return self.left.rows | self.right.rows
+
+    @property
+    def scales(self) -> frozenset[str]:
+        return self.left.scales | self.right.scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +134,11 @@ class Every(Trigger):
             return self.fraction * float(self.total_frames or self.total_steps or 0)
         return float(getattr(self, self.scale))
 
+    @property
+    def scales(self) -> frozenset[str]:
+        """The scale that is counted."""
+        return frozenset([self.scale])
+
     def due(self, clock: Clock) -> bool:
         """Whether a multiple of the period was crossed."""
         # 1e-9 of a period: a fraction of a total is rarely exact in floating point
@@ -141,6 +159,11 @@ class At(Trigger):
         _check_scale(of)
         object.__setattr__(self, "steps", tuple(sorted(steps)))
         object.__setattr__(self, "of", of)
+
+    @property
+    def scales(self) -> frozenset[str]:
+        """The scale of the steps."""
+        return frozenset([self.of])
 
     def due(self, clock: Clock) -> bool:
         """Whether one of the steps was crossed."""
@@ -171,6 +194,11 @@ class Geometric(Trigger):
         ratio = self.last / self.first
         return tuple(sorted({round(self.first * ratio ** (i / (self.n - 1))) for i in range(self.n)}))
 
+    @property
+    def scales(self) -> frozenset[str]:
+        """The scale of the steps."""
+        return frozenset([self.of])
+
     def due(self, clock: Clock) -> bool:
         """Whether one of the steps was crossed."""
         return _crossed(self.steps, self.of, clock)
@@ -181,7 +209,8 @@ class When(Trigger):
     """Due when a function of the clock says so, or when a value that was measured goes beyond a bound.
 
     ``When("health", "dormant", above=0.3)`` is due at each crossing: where a row's values are beyond the bound and
-    those of the row before were not. NaNs are left out.
+    those of the row before were not, and so once until they have come back. With ``&`` the other trigger has to be
+    due at that very moment. NaNs are left out.
 
     Args:
         fn: a function of the clock, or the name of a row.

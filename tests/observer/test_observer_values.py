@@ -120,6 +120,12 @@ def test_alerts_mark_the_time_axis_and_call_back(tmp_path):
     assert marks == [(2, "asleep"), (4, "four"), (5, "asleep"), (8, "asleep")]
 
 
+def test_an_alert_that_would_say_nothing_is_refused(tmp_path):
+    observer = Observer({"health": Scripted()}, when=EACH, into=tmp_path)
+    with observer, pytest.raises(SettingsError, match="an alert puts a mark or calls"):
+        observer.alert(At(4))
+
+
 def test_a_resumed_run_does_not_see_a_crossing_twice(tmp_path):
     model = nn.Linear(3, 1)
 

@@ -219,6 +219,18 @@ def test_the_moments_of_weights_that_are_written_begin_anew_and_no_others(tmp_pa
         assert torch.equal(now["step"], moments[key]["step"])
 
 
+def test_weights_written_behind_an_optimizers_back_are_said(tmp_path):
+    case = LOSSES["ClipPPOLoss"]()
+    edits = {"redo": LiveEdit(ReDo(), when=At(1, 2))}
+    with Observer({"d": DormantUnits()}, when=At(0), into=tmp_path, edits=edits) as observer:
+        observer.step(case.loss, case.batch, step=0)
+        with pytest.warns(UserWarning, match="'redo' writes weights whose optimizer is not known.*ObservedLoss"):
+            observer.step(case.loss, case.batch, step=1)
+        observer.optimizers.append(torch.optim.Adam(case.loss.parameters()))
+        observer.step(case.loss, case.batch, step=2)  # silently, once it is known: warnings are errors here
+        assert observer.buffer["redo"].steps.tolist() == [1, 2]
+
+
 def test_a_measured_value_sets_an_edit_off(tmp_path):
     case = LOSSES["ClipPPOLoss"]()
     optimizer = torch.optim.Adam(case.loss.parameters(), 0.01)
