@@ -76,6 +76,21 @@ def test_multi_agent_ppo(tmp_path: Path) -> None:
         assert not rests[:, :, agent, 1 - agent].any()
 
 
+def test_live_edits(tmp_path: Path) -> None:
+    out = ran("live_edits", str(tmp_path))
+    returns = {int(line[5:].split(":")[0]): int(line.split()[-1]) for line in out if line.startswith("step ")}
+    assert list(returns) == list(range(0, 160, 10))
+    # the batch at step 90 is the first that was collected in the span, the one at step 120 the last
+    assert 2 * max(returns[step] for step in range(90, 130, 10)) < max(returns[step] for step in range(0, 90, 10))
+    buffer = ArtifactBuffer.open(tmp_path)
+    assert buffer["lesion"].steps.tolist() == [80, 120]
+    assert {"at step 80: lesion begins", "at step 120: lesion ends"} < set(out)
+    dormant = buffer["health"].series("dormant").flatten(1).amax(1) > 0.3
+    crossed = [i for i in range(len(dormant)) if dormant[i] and not (i and dormant[i - 1])]
+    assert crossed
+    assert buffer["redo"].steps.tolist() == buffer["health"].steps[crossed].tolist()
+
+
 def test_inside_a_model() -> None:
     logits = {
         line.split(":")[0].strip(): json.loads(line.split(":", 1)[1])
