@@ -67,6 +67,10 @@ class Observer:
         resume: go on in a folder that already holds a run.
         overwrite: replace the run in that folder.
 
+    Attributes:
+        buffer: what was measured, an :class:`~tdhook_train.buffer.ArtifactBuffer`; ``buffer["probe"]`` are its rows.
+        clock: where the training is; ``clock.frames`` and ``clock.epoch`` are yours to set.
+
     Raises:
         RunExistsError: the folder already holds a run.
         SettingsError: nothing to measure, or something that is no method.
@@ -95,6 +99,8 @@ class Observer:
         self.methods = rows_of(methods)
         if on_error not in ("raise", "warn", "skip"):
             raise SettingsError(f"on_error={on_error!r}{did_you_mean(on_error, ('raise', 'warn', 'skip'))}")
+        if budget is not None and not isinstance(budget, Budget):
+            raise SettingsError(f"budget={budget!r} is no Budget; e.g. budget=Budget(overhead=0.05)")
         if not isinstance(background, int) or background < 0:
             raise SettingsError(f"background={background!r} is neither True, False nor how many snapshots may wait")
         waiting = _WAITING if background is True else int(background)
