@@ -80,6 +80,7 @@ def fresh(name: str) -> Ppo:
     return make_ppo(name, frames=FRAMES, seed=3, frames_per_batch=PER_BATCH)
 
 
+@pytest.mark.filterwarnings("ignore:observing takes:UserWarning")  # said after 30 s, which a busy machine reaches
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_training_ends_in_the_same_bits_with_all_four_observers(name: str, tmp_path: Path) -> None:
     bare = fresh(name)
