@@ -7,16 +7,19 @@ many agents they have, and along which dimension, so that TorchRL need not be im
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 
+from tensordict import is_tensor_collection
 from torch import Tensor, nn
 
 from tdhook_train.errors import PathError
 from tdhook_train.hooks.members import Members
 from tdhook_train.hooks.paths import Site
 
-__all__ = ["Agents", "agent_of", "one_of", "with_one", "without_agent"]
+__all__ = ["Agents", "BatchSizes", "agent_of", "one_of", "with_one", "without_agent"]
 
 _ITEM = re.compile(r"agent (\d+)")
 
@@ -64,11 +67,32 @@ def _axis(value: Tensor, batch: tuple[int, ...]) -> int:
     return len(batch) if tuple(value.shape[: len(batch)]) == batch else 0  # vmap hides the batch: agents in front
 
 
+class BatchSizes(threading.local):
+    """Sizes of the batches that a live model is called with, as its modules are told: each thread calls it on its own.
+
+    A multi-agent network says by its input where the agents begin, a TensorDictModule by the batch size.
+    """
+
+    now: tuple[int, ...] = ()
+
+    def meet(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Take note of a call, as a forward pre-hook."""
+        first: Any = args[0] if args else None
+        if is_tensor_collection(first):
+            self.now = tuple(first.batch_size)
+        elif isinstance(first, Tensor) and _has_agents(module):
+            self.now = tuple(first.shape[: module.agent_dim])
+
+
+def _has_agents(net: nn.Module) -> bool:
+    return isinstance(getattr(net, "n_agents", None), int) and isinstance(getattr(net, "agent_dim", None), int)
+
+
 class Agents:
     """The agents of the multi-agent networks in a model."""
 
     def __init__(self, modules: Iterable[nn.Module], batch: tuple[int, ...]) -> None:
-        nets = [net for net in modules if isinstance(getattr(net, "n_agents", None), int) and hasattr(net, "agent_dim")]
+        nets = [net for net in modules if _has_agents(net)]
         self._inside = {part: int(net.n_agents) for net in nets for part in net.modules()}  # type: ignore[arg-type]
         self._counts = set(self._inside.values())
         self._batch = batch

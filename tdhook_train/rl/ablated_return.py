@@ -20,7 +20,7 @@ from tdhook_train.hooks.paths import Selector
 from tdhook_train.keys import dotted, path_of
 from tdhook_train.method import Method, Parts, Seen
 from tdhook_train.ops.join import Measured, join
-from tdhook_train.ops.units import as_rows, held, padded, unit_axis
+from tdhook_train.ops.units import as_rows, held, padded
 from tdhook_train.undo import kept_randomness
 
 __all__ = ["AblatedReturn"]
@@ -133,8 +133,8 @@ class AblatedReturn(Method):
         whole, single = [], []
         for site in self.taps(model):
             value = seen.values[site]
-            axis = unit_axis(value) - value.ndim  # from the end: fewer dimensions come before it in an environment
-            rows = as_rows(value)
+            axis = model.unit_axis(site, value) - value.ndim  # from the end: an environment may have fewer before it
+            rows = as_rows(value, axis)
             to = rows.mean(0) if self.by == "mean" else torch.zeros_like(rows[0])
             width = len(to)
             whole.append(stage.returns({site: partial(held, units=range(width), to=to, axis=axis)}))
