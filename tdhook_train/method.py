@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tdhook_train.errors import KeyMissingError, NetworkError, PathError, SettingsError, did_you_mean
 from tdhook_train.hooks import HookedModel
 from tdhook_train.hooks.paths import Selector, selectors, shown
-from tdhook_train.isolation import in_place
+from tdhook_train.isolation import LiveView
 from tdhook_train.keys import by_name, dotted, path_of
 from tdhook_train.ops.join import Labels, Measured, join, overlaid
 from tdhook_train.ops.targets import given_by, named, refuse_unknown
@@ -228,7 +228,8 @@ class Method(ABC):
 class Prepared:
     """A method on a model: call it with a TensorDict.
 
-    Measured in evaluation mode, as an observer does; what the model was and held is put back.
+    Measured as an observer does: in evaluation mode, policies by their mode, memories step by step; what the model
+    was and held is put back.
     """
 
     def __init__(self, method: Method, model: HookedModel) -> None:
@@ -237,7 +238,7 @@ class Prepared:
 
     def __call__(self, td: TensorDictBase, **known: Any) -> TensorDictBase:
         """Return a copy of ``td`` with outputs and artifacts; ``known`` fills further fields of :class:`Seen`."""
-        with in_place(self.model.module, seed=0):
+        with LiveView(self.model.module).open(seed=0):
             self.model.trace(inputs_below(td, self.method.reads[0], self.model) if self.method.reads else td)
             values, outputs = self._look(td)
             seen = replace(Seen(overlaid(td, {"": outputs}, "", self.model.in_keys), values), **known)
