@@ -95,9 +95,7 @@ class HookedModel:
             batched: False where the outputs will not have the batch size of the inputs.
             lend: copy an input only when the model writes to it; for passes that nothing is kept of.
         """
-        if not isinstance(inputs, TensorDictBase):
-            example = f"TensorDict({self.in_keys[0]}=x, batch_size=[len(x)])"
-            raise SettingsError(f"{self.title} takes a TensorDict, e.g. {example}; got {type(inputs).__name__}")
+        self.refuse_bare(inputs)
         if self.sequences is not None and tuple(inputs.batch_size) != self.sequences:
             refuse_part(self.title, self.sequences, inputs.numel(), whole=batched)
             whole = self.forward(inputs.reshape(self.sequences), lend=lend)
@@ -116,6 +114,16 @@ class HookedModel:
             if td.get(key, None) is value:  # what the module itself put there stays
                 td.set(key, inputs.get(key))
         return td
+
+    def refuse_bare(self, inputs: Any) -> None:
+        """Refuse what is no TensorDict.
+
+        Raises:
+            SettingsError: says how to make one.
+        """
+        if not isinstance(inputs, TensorDictBase):
+            example = f"TensorDict({self.in_keys[0]}=x, batch_size=[len(x)])"
+            raise SettingsError(f"{self.title} takes a TensorDict, e.g. {example}; got {type(inputs).__name__}")
 
     def _refuse_missing(self, given: Mapping[NestedKey, Any], inputs: TensorDictBase) -> None:
         for key, value in given.items():
