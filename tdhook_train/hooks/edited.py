@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tdhook_train.hooks.agents import BatchSizes, agent_of
+from tdhook_train.hooks.agents import Surroundings, agent_of
 from tdhook_train.hooks.kernels import layer_by_layer
 from tdhook_train.hooks.paths import Selector
 from tdhook_train.hooks.place import place, refuse_ignored, setters_at
@@ -29,9 +29,9 @@ def edited(model: HookedModel, edits: Mapping[Selector, Any], *, attends: bool) 
         edits: by selector.
         attends: whether there are attention layers, which then run one by one.
     """
-    sizes = BatchSizes()
+    around = Surroundings()
     placed = {
-        selector: setters_at(model, selector, value, call="all", sizes=sizes) for selector, value in edits.items()
+        selector: setters_at(model, selector, value, call="all", around=around) for selector, value in edits.items()
     }
     setters = [setter for pairs in placed.values() for _, setter in pairs]
     ran: set[bool] = set()
@@ -42,7 +42,7 @@ def edited(model: HookedModel, edits: Mapping[Selector, Any], *, attends: bool) 
             undo.enter_context(layer_by_layer(attends=attends, recurs=False))
             handles.append(model.module.register_forward_pre_hook(lambda *_: ran.add(True)))
         if any(agent_of(setter.site.items) is not None for setter in setters):
-            handles += [part.register_forward_pre_hook(sizes.meet) for part in parts_of(model.module)]
+            handles += [part.register_forward_pre_hook(around.meet) for part in parts_of(model.module)]
         for module, setter in (pair for pairs in placed.values() for pair in pairs):
             handles.append(place(module, "output", [setter]))
         yield

@@ -12,12 +12,13 @@ from small_envs import OBS, Noisy, Paying, acting
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from test_background import rows
+from test_collectors import PER_BATCH, in_a_thread, leaving_nothing, states, stochastic
 from test_observer_hook import make_trainer
 from test_policies_multi_agent import NET
 from test_policies_pixels import batch as images
 from test_policies_pixels import loss as of_pixels
 from test_policies_recurrent import collected, ppo
-from tiny import collector_of, stochastic_actor
+from tiny import Drift, collector_of, stochastic_actor
 from torch import nn
 from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import ClipPPOLoss, TD3Loss
@@ -190,3 +191,36 @@ def test_a_process_of_its_own_measures_what_the_training_would(scene, tmp_path):
     assert len(found[False]) > 3
     assert [key for key in found[False] if found[False][key] != found[100][key]] == []
     assert all(torch.equal(one, other) for one, other in zip(ends[False], ends[100], strict=True))
+
+
+@pytest.mark.slow
+def test_the_process_measures_beside_a_collectors_thread_also_what_plays_and_draws(tmp_path):
+    played = AblatedReturn(Drift, nn.Tanh, episodes=2, max_steps=5, exploration="random")
+    methods = {"return": played, "ig": IntegratedGradients(targets=[("loc", 0)]), "rank": EffectiveRank()}
+    on = ProbeSet(states(), groups="rows")
+    found = {}
+    for threaded in (False, True):
+        policy, loss = stochastic()
+        collector = in_a_thread(policy)
+        into = tmp_path / str(threaded)
+        with (
+            leaving_nothing(collector, loss),
+            Observer(methods, when=EVERY, into=into, on=on, background=100) as observer,
+        ):
+            if threaded:
+                collector.start()
+            for step in range(3):
+                observer.step(loss, step=step)
+            if threaded:
+                while collector.replay_buffer.write_count < 3 * PER_BATCH:
+                    pass
+                collector.async_shutdown(close_env=False)
+                frames = collector.replay_buffer[:]
+            observer.finish(step=3)
+        found[threaded] = rows(into)
+    # the policy does not learn here: every frame is its own, drawn as it draws
+    assert torch.allclose(frames["loc"], policy(frames.clone())["loc"], atol=1e-6)
+    noise = (frames["action"].double().atanh() - frames["loc"]) / frames["scale"]
+    assert not torch.isclose(noise, torch.zeros(()).double(), atol=1e-6).any()
+    assert found[False] == found[True]
+    assert len({key[0] for key in found[True]}) == 3

@@ -83,6 +83,28 @@ def test_a_loss_trains_with_one_agent_ablated(tmp_path):
         assert not torch.allclose(found[name], intact[name])
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("share", [False, True], ids=["own weights", "shared weights"])
+def test_one_agent_is_ablated_in_every_member_of_an_ensemble_that_runs_under_vmap(share, layer):
+    net = policy(share=share)
+    one = TensorDict.from_module(net).data
+    members = torch.stack([one.apply(torch.randn_like) for _ in range(AGENTS)])  # as many members as agents
+
+    def given(weights: Any, td: Any) -> torch.Tensor:
+        with weights.to_module(net, preserve_module_state=False):
+            return net(td.clone())["agents", "loc"]
+
+    together = torch.vmap(given, (0, None))
+    intact = together(members, batch())
+    with Ablate(f"{NET}.{layer}:agent 1").prepare(net):
+        found = together(members, batch())
+    for member, own in zip(found, members, strict=True):
+        last = own["module", "0", "params"] if share else own["module", "0", "params"][1]
+        assert_close(member[:, 1], last["2", "bias"][:2].expand(12, 2))
+    others = [0, 2]
+    assert torch.equal(found[:, :, others], intact[:, :, others])
+
+
 class Crew(Team):
     """As the team, in several lanes."""
 
