@@ -15,6 +15,7 @@ from tdhook_train.edit import Edit, Rewrite, Rewritten
 from tdhook_train.errors import PathError, SettingsError
 from tdhook_train.hooks import HookedModel
 from tdhook_train.hooks.paths import selectors
+from tdhook_train.hooks.place import ForEach
 from tdhook_train.hooks.unwrap import unwrapped
 from tdhook_train.isolation import networks
 from tdhook_train.schedule import Trigger
@@ -116,6 +117,9 @@ def live_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _unless(span: Span, value: Any) -> Any:
+    if isinstance(value, ForEach):
+        return ForEach(lambda site, module: _unless(span, value.make(site, module)))
+
     def changed(before: Tensor) -> Any:
         if span.left_out:
             return before
