@@ -42,6 +42,9 @@ class Method(ABC):
     writes: ClassVar[Mapping[str, str]] = {}
     """Dimensions of every artifact by the first name of its key: ``{"attr": "batch *feature"}``."""
 
+    shown: ClassVar[tuple[str, ...] | None] = None
+    """First names of the artifacts that loggers are told; all that make a line, if None."""
+
     legend: ClassVar[Mapping[str, Mapping[int, str]]] = {}
     """What the int8 codes of an artifact mean."""
 

@@ -68,6 +68,7 @@ class RidgeProbe(Method):
             "layer target",
         ),
     }
+    shown: ClassVar[tuple[str, ...]] = ("r2", "r2_observation", "r2_initial", "r2_null")
     legend: ClassVar[Mapping[str, Mapping[int, str]]] = {
         "reason": {
             0: "scored",

@@ -57,7 +57,8 @@ class Observer:
         seed: of what methods draw.
         on_error: an error of a method stops the training (``"raise"``), warns (``"warn"``) or is only recorded
             (``"skip"``); in no case is a row half written.
-        loggers: TorchRL's or Lightning's, one or several, which are told the mean of each floating-point key.
+        loggers: TorchRL's or Lightning's, one or several, which are told the means of floating-point keys, for each
+            network and target: ``probe/r2/actor_network/action``.
         edits: changes of the live network itself, by the names of their rows: see
             :class:`~tdhook_train.observer.LiveEdit`. Without any the training is left as it was.
         background: measure snapshots in a process of its own while the training goes on: the same numbers, but rows

@@ -23,6 +23,7 @@ class Measurement:
     rows: list[Row]
     weights: int
     data: int
+    networks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Station:
             rows = measure(subject, methods, source, tick, failed)
             weights = subject.fingerprint()
         previous |= {row.name: row.measured.tensordict() for row in rows}
-        return Measurement(name, now, rows, weights, source.fingerprint)
+        return Measurement(name, now, rows, weights, source.fingerprint, tuple(subject.networks))
 
 
 def _same(kept: dict[str, _OfData], source: str, data: int) -> dict[str, Any]:
