@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from tdhook_train.errors import KeyMissingError, PathError, SettingsError, did_you_mean
 from tdhook_train.hooks.items import tensor_items
-from tdhook_train.hooks.kernels import layer_by_layer
+from tdhook_train.hooks.kernels import layer_by_layer, unfused
 from tdhook_train.hooks.paths import Selection, Selector, chooser, is_pattern, module_at, parse, selectors, shown, walk
-from tdhook_train.hooks.place import place, refuse_ignored, setters_at
+from tdhook_train.hooks.place import Held, refuse_ignored, setters_at
 from tdhook_train.hooks.run import Run
 from tdhook_train.hooks.sequences import refuse_part
+from tdhook_train.hooks.tap import Unless
 from tdhook_train.hooks.trace import TracedSite, select, trace
 from tdhook_train.hooks.unwrap import inputs_of, unwrapped
 from tdhook_train.keys import dotted, path_of
@@ -155,13 +156,17 @@ class HookedModel:
         return td
 
     @contextmanager
-    def edited(self, edits: Mapping[Selector, Any]) -> Iterator[None]:
+    def edited(
+        self, edits: Mapping[Selector, Any], *, off: Callable[[], bool] | None = None, but: Collection[nn.Module] = ()
+    ) -> Iterator[None]:
         """Keep settings on the model as long as the block lasts, for whoever calls it, by whatever way.
 
-        Every call of the modules is changed. A compiled model runs eagerly meanwhile.
+        Every call of the modules is changed. A compiled model runs eagerly meanwhile. Blocks may end in any order.
 
         Args:
             edits: a tensor or a function of the output, by path, pattern, class or predicate.
+            off: asked at every call, whether to leave that one as it is.
+            but: modules that are left alone.
 
         Raises:
             PathError: a selector names no module.
@@ -172,14 +177,15 @@ class HookedModel:
         with Undo() as undo:
             handles = undo.hooks()
             if edits:
-                undo.enter_context(torch.compiler.set_stance("force_eager"))  # also of what was compiled around it
-                undo.enter_context(layer_by_layer(attends=self._fused[0], recurs=False))
-                handles.append(self.module.register_forward_pre_hook(lambda *_: ran.add(True)))
-            for module, setter in (pair for pairs in placed.values() for pair in pairs):
-                handles.append(place(module, "output", [setter]))
+                undo.enter_context(unfused(attends=self._fused[0]))  # also what was compiled around it
+                # behind the model: a call that an error ended may not have come to the edit
+                called = Held(lambda: None if off and off() else ran.add(True))
+                handles.append(self.module.register_forward_hook(called))
+            for module, setter in (pair for pairs in placed.values() for pair in pairs if pair[0] not in but):
+                handles.append(module.register_forward_hook(Held(setter if off is None else Unless(setter, off))))
             yield
         for selector, pairs in placed.items():
-            if ran:
+            if ran and not any(module in but for module, _ in pairs):
                 refuse_ignored(selector, [setter for _, setter in pairs])
 
     # ------------------------------------------------------------------ names

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -76,10 +75,12 @@ class LiveEdit:
             model: the loss or module in training.
             span: says when the edit is to be left out for a moment.
         """
+        taken: set[nn.Module] = set()  # a trunk of two networks is changed once
         with Undo() as undo:
             for hooked, edit in self._live(model):
-                edits = {selector: _unless(span, value) for selector, value in edit.edits(hooked).items()}
-                undo.enter_context(hooked.edited(edits))
+                edits = edit.edits(hooked)
+                undo.enter_context(hooked.edited(edits, off=lambda: span.left_out, but=frozenset(taken)))
+                taken |= {module for selector in edits for _, module in hooked.chosen(selector)}
             return undo.pop_all()
 
     def _live(self, model: nn.Module) -> list[tuple[HookedModel, Edit]]:
@@ -113,15 +114,6 @@ def live_modules(model: nn.Module) -> dict[str, nn.Module]:
             head, _, tail = name.rpartition(".")
             found[head if tail.isdigit() else name] = network.module
     return found
-
-
-def _unless(span: Span, value: Any) -> Any:
-    def changed(before: Tensor) -> Any:
-        if span.left_out:
-            return before
-        return value(before) if callable(value) else value
-
-    return changed
 
 
 def write(
