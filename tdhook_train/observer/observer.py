@@ -97,7 +97,6 @@ class Observer:
             raise SettingsError(f"on_error={on_error!r}{did_you_mean(on_error, ('raise', 'warn', 'skip'))}")
         if not isinstance(background, int) or background < 0:
             raise SettingsError(f"background={background!r} is neither True, False nor how many snapshots may wait")
-        self._waiting = _WAITING if background is True else int(background)
         waiting = _WAITING if background is True else int(background)
         sources = Sources(on)
         agenda = Agenda(when, self.methods, sources.names)
@@ -176,7 +175,9 @@ class Observer:
         if not self._closed:
             self._ticks.sources.refresh(clock)
         if self._closed or self._paused:
-            clock.asked()
+            if not self._closed:
+                self._rounds.keep(model)
+            clock.passed()
             return False
         return self._rounds.go(model)
 
@@ -251,7 +252,7 @@ class Observer:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Measure nothing inside the block; clocks go on."""
+        """Measure nothing and begin no edit inside the block; clocks go on, and spans end when they are over."""
         self._paused += 1
         try:
             yield

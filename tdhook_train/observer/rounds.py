@@ -37,6 +37,8 @@ class Rounds:
         self._edits = edits
         self._waiting = waiting
         self._measured: dict[str, int] = {}  # the last step of each row
+        self._goes_on = False  # whether it is clear that rows of later steps belong to this training
+        self._closed = False
         ticks.watched = agenda.watched
 
     def attach(self, subject: Subject) -> None:
@@ -48,7 +50,6 @@ class Rounds:
             for method in methods:
                 method.check(subject.networks)
         self._edits.check(subject.model)
-        self.subject = subject
         stored = self.ticks.recorder.buffer.folder("initial") / "weights.pt"
         if stored.is_file():
             subject.load_initial(stored)
@@ -57,27 +58,36 @@ class Rounds:
             subject.save_initial(stored)
         if self._waiting:
             self.ticks.begin_in_background(subject, self._waiting)
+        self.subject = subject
+        self._edits.go_on(subject.model)
 
     def go(self, model: nn.Module) -> bool:
         """Do what is due now, and what that makes due; return whether anything was measured."""
         clock, edits = self.clock, self._edits
         done: frozenset[str] = frozenset()
-        if edits:
-            edits.go_on(model)
-            edits.end(clock.now)
+        begin: dict[str, None] = {}
+        self.keep(model)
         while True:
-            rows, calls = self.agenda.rows(clock), self.agenda.tell(clock)
-            begin = edits.due(clock) if edits else ()
+            rows, calls = self.agenda.rows(clock) - done, self.agenda.tell(clock)
+            begin |= dict.fromkeys(edits.due(clock) if edits else ())
             clock.asked()
-            rows -= done
             if rows and self._measure(model, rows):
                 done |= rows
             for call in calls:
                 call()
-            for name in begin:
-                self._edit(name, model)
+                if self._closed:
+                    return bool(done)
             if not clock.fresh:  # no row that a trigger goes by has come
-                return bool(done)
+                break
+        for name in begin:  # last of all: every row of a step holds the weights before
+            self._edit(name, model)
+        return bool(done)
+
+    def keep(self, model: nn.Module) -> None:
+        """Hold the spans that last, and end those that are over."""
+        if self._edits:
+            self._edits.go_on(model)
+            self._edits.end(self.clock.now)
 
     def finish(self, model: nn.Module) -> bool:
         """Measure what was not measured at this step, and do what that makes due."""
@@ -92,7 +102,7 @@ class Rounds:
 
     def close(self) -> None:
         """End every edit, and let go of the model."""
-        self.subject = None
+        self.subject, self._closed = None, True
         with ExitStack() as each:
             each.callback(self.ticks.close)
             each.callback(self._edits.end, self.clock.now, every=True)
@@ -103,8 +113,10 @@ class Rounds:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from these."""
-        self._measured = dict(state["measured"])
+        self._measured, self._goes_on = dict(state["measured"]), True
         self._edits.load_state_dict(state["edits"])
+        if self.subject is not None:  # what is collected before the next step is collected with them
+            self._edits.go_on(self.subject.model)
 
     def remember(self) -> None:
         """Take the last rows that are stored for those that triggers compare new ones with."""
@@ -125,11 +137,13 @@ class Rounds:
         if not self._edits.writes(name):
             self._edits.begin(name, model, self.clock.now)
         elif (source := next(self.ticks.ready(self.clock.now), None)) is not None:
-            self._edits.write(name, subject, self.clock.now, source, self.optimizers)
+            with self._edits.left_out():
+                self._edits.write(name, subject, self.clock.now, source, self.optimizers)
 
     def _observed(self, model: nn.Module) -> Subject:
-        if not self.ticks.meter.ticks and not self._measured:
+        if not self._goes_on:
             self.ticks.recorder.refuse_going_back(self.clock.step)
+            self._goes_on = True
         if self.subject is None or self.subject.model is not model:
             self.attach(Subject(model))
         assert self.subject is not None

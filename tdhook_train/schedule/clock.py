@@ -40,9 +40,13 @@ class Clock:
         """The present moment, frozen."""
         return Times(self.step, self.frames, self.epoch, self.batches, self.seconds)
 
+    def passed(self) -> None:
+        """Let the present moment pass without asking triggers; rows that have come are new to them later."""
+        self.before = self.now
+
     def asked(self) -> None:
         """Remember the present moment as the last at which triggers were asked."""
-        self.before = self.now
+        self.passed()
         if self.fresh:
             self.known |= self.fresh
             self.fresh = {}
