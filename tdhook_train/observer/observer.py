@@ -305,7 +305,7 @@ class Observer:
         self._ticks.forget()
         self._ticks.sources.load_state_dict(state["probe_sets"], self.buffer.folder("probe_sets"))
         self.buffer.truncate(after_step=self.clock.step)
-        self._rounds.remember()
+        self._rounds.remember(state["fresh"])
 
     def _check_open(self) -> None:
         if self._closed:

@@ -56,16 +56,15 @@ class Rounds:
         else:
             subject.remember_initial()
             subject.save_initial(stored)
-        if self._waiting:
+        if self._waiting and (self.subject is None or self.subject.keys != subject.keys):
             self.ticks.begin_in_background(subject, self._waiting)
         self.subject = subject
         self._edits.go_on(subject.model)
 
-    def go(self, model: nn.Module) -> bool:
-        """Do what is due now, and what that makes due; return whether anything was measured."""
+    def go(self, model: nn.Module, done: frozenset[str] = frozenset()) -> bool:
+        """Do what is due now, and what that makes due, but for rows that are done; return whether any was measured."""
         clock, edits = self.clock, self._edits
-        done: frozenset[str] = frozenset()
-        begin: dict[str, None] = {}
+        before, begin = done, dict[str, None]()
         self.keep(model)
         while True:
             rows, calls = self.agenda.rows(clock) - done, self.agenda.tell(clock)
@@ -76,12 +75,12 @@ class Rounds:
             for call in calls:
                 call()
                 if self._closed:
-                    return bool(done)
+                    return done != before
             if not clock.fresh:  # no row that a trigger goes by has come
                 break
         for name in begin:  # last of all: every row of a step holds the weights before
             self._edit(name, model)
-        return bool(done)
+        return done != before
 
     def keep(self, model: nn.Module) -> None:
         """Hold the spans that last, and end those that are over."""
@@ -96,20 +95,22 @@ class Rounds:
         measured = bool(rows) and self._measure(model, rows, free=True)
         self.ticks.take(wait=True)
         while self.clock.fresh:
-            self.go(model)
+            self.go(model, self.agenda.all)
             self.ticks.take(wait=True)
         return measured
 
     def close(self) -> None:
         """End every edit, and let go of the model."""
         self.subject, self._closed = None, True
+        self.clock.fresh = {}
         with ExitStack() as each:
             each.callback(self.ticks.close)
             each.callback(self._edits.end, self.clock.now, every=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"measured": dict(self._measured), "edits": self._edits.state_dict()}
+        fresh = {row: len(values) for row, values in self.clock.fresh.items()}
+        return {"measured": dict(self._measured), "fresh": fresh, "edits": self._edits.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from these."""
@@ -118,11 +119,22 @@ class Rounds:
         if self.subject is not None:  # what is collected before the next step is collected with them
             self._edits.go_on(self.subject.model)
 
-    def remember(self) -> None:
-        """Take the last rows that are stored for those that triggers compare new ones with."""
-        buffer = self.ticks.recorder.buffer
-        for row in self.agenda.watched & set(buffer):
-            self.clock.known[row] = dict(buffer[row].last()[0].items(include_nested=True, leaves_only=True))
+    def remember(self, fresh: Mapping[str, int]) -> None:
+        """Take the last rows that are stored for those that triggers compare new ones with.
+
+        Args:
+            fresh: how many rows were new to triggers when the checkpoint was made, by name.
+        """
+        clock, buffer = self.clock, self.ticks.recorder.buffer
+        clock.known, clock.fresh = {}, {}
+        for name in self.agenda.watched & set(buffer):
+            last = buffer[name].last(1 + fresh.get(name, 0))
+            rows = [dict(last[i].items(include_nested=True, leaves_only=True)) for i in range(len(last))]
+            new = rows[-fresh[name] :] if fresh.get(name) else []
+            if known := rows[: len(rows) - len(new)]:
+                clock.known[name] = known[-1]
+            if new:
+                clock.fresh[name] = new
 
     def _measure(self, model: nn.Module, rows: frozenset[str], *, free: bool = False) -> bool:
         subject = self._observed(model)

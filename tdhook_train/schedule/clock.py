@@ -32,8 +32,8 @@ class Clock:
     batches: int = 0
     seconds: float = 0.0
     before: Times | None = field(default=None)  # None until triggers were asked for the first time
-    fresh: dict[str, Any] = field(default_factory=dict, repr=False)  # rows measured since then, by name: key -> tensor
-    known: dict[str, Any] = field(default_factory=dict, repr=False)  # the rows before those
+    fresh: dict[str, list[Any]] = field(default_factory=dict, repr=False)  # rows since then, by name: key -> tensor
+    known: dict[str, Any] = field(default_factory=dict, repr=False)  # the row before those
 
     @property
     def now(self) -> Times:
@@ -48,7 +48,7 @@ class Clock:
         """Remember the present moment as the last at which triggers were asked."""
         self.passed()
         if self.fresh:
-            self.known |= self.fresh
+            self.known |= {name: rows[-1] for name, rows in self.fresh.items()}
             self.fresh = {}
 
     def state_dict(self) -> dict[str, Any]:
