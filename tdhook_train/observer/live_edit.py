@@ -88,7 +88,9 @@ class LiveEdit:
         hooked = {name: HookedModel(module, name=name) for name, module in live_modules(model).items()}
         chosen = self.edit.chosen(hooked)
         out = []
-        layers = selectors(getattr(self.edit, "layers", "**"))
+        if not hasattr(self.edit, "layers"):
+            return [(one, self.edit) for one in chosen.values()]
+        layers = selectors(self.edit.layers)
         for one in chosen.values():
             mine = tuple(layer for layer in layers if one.has(layer))
             if mine:
