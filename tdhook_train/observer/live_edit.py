@@ -146,8 +146,12 @@ def _kept_of(value: Tensor, optimizers: Iterable[torch.optim.Optimizer]) -> list
         for parameter, state in optimizer.state.items():
             if parameter.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
                 continue
-            for moment in state.values():
-                if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                    offset = value.storage_offset() - parameter.storage_offset() + moment.storage_offset()
-                    kept.append(moment.as_strided(value.shape, value.stride(), offset))
+            begin = value.storage_offset() - parameter.storage_offset()
+            if not 0 <= begin < parameter.numel():  # another one in the same piece of memory
+                continue
+            kept += [
+                moment.as_strided(value.shape, value.stride(), begin + moment.storage_offset())
+                for moment in state.values()
+                if isinstance(moment, Tensor) and moment.shape == parameter.shape
+            ]
     return kept

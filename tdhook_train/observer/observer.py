@@ -62,6 +62,8 @@ class Observer:
             :class:`~tdhook_train.observer.LiveEdit`. Without any the training is left as it was.
         background: measure snapshots in a process of its own while the training goes on: the same numbers, but rows
             come later, and what is due when that many snapshots wait (8, if True) is skipped, which is noted.
+            Weights and buffers are sent each time, whatever else a module holds (a Python number that is annealed, say)
+            but once.
             An error of a method is raised by a later :meth:`step`. :meth:`finish`, :meth:`state_dict` and
             :meth:`close` wait for what is under way.
         resume: go on in a folder that already holds a run.
@@ -267,8 +269,10 @@ class Observer:
         if not self._closed:
             try:
                 self._ticks.take(wait=True)
+                self._rounds.tell()
             finally:
-                self._let_go()
+                if not self._closed:  # by an alert
+                    self._let_go()
 
     def _let_go(self) -> None:
         self._closed = True

@@ -82,6 +82,13 @@ class Rounds:
             self._edit(name, model)
         return done != before
 
+    def tell(self) -> None:
+        """Call the alerts that the last rows set off."""
+        calls = self.agenda.tell(self.clock) if self.clock.fresh else []
+        self.clock.asked()
+        for call in calls:
+            call()
+
     def keep(self, model: nn.Module) -> None:
         """Hold the spans that last, and end those that are over."""
         if self._edits:

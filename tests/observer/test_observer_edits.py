@@ -238,3 +238,21 @@ def test_weights_are_written_from_what_the_network_does_without_the_other_edits(
         found = observer.buffer["redo"].at(1)["reset"]
         assert found.shape == (1, 4)
         assert found.sum() == 0
+
+
+def test_parameters_that_lie_in_one_piece_of_memory_are_told_apart(tmp_path):
+    model, td = made()
+    flat = torch.cat([value.detach().flatten() for value in model.parameters()])
+    begin = 0
+    for value in model.parameters():
+        value.data = flat[begin : (begin := begin + value.numel())].view_as(value)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    model(td["input"]).sum().backward()
+    optimizer.step()
+    before = {name: optimizer.state[value]["exp_avg"].clone() for name, value in model.named_parameters()}
+    edits = {"add": LiveEdit(Add(), when=At(0))}
+    with Observer({"w": Weight()}, when=At(9), into=tmp_path, edits=edits) as observer:
+        observer.optimizers.append(optimizer)
+        observer.step(model, td, step=0)
+    before["0.weight"][0, 0] = 0
+    assert all(torch.equal(optimizer.state[value]["exp_avg"], before[n]) for n, value in model.named_parameters())

@@ -201,6 +201,15 @@ def test_a_crossing_among_rows_that_come_together_is_seen(tmp_path):
     assert told == [6]
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_what_comes_when_an_observer_is_closed_alerts_too(background, tmp_path):
+    told = []
+    with Observer({"health": Scripted()}, when=EACH, into=tmp_path, background=background) as observer:
+        observer.alert(When("health", "dormant", above=0.3), mark="up", call=lambda o: told.append(o.close()))
+        run(observer, last=3)
+    assert told == [None]
+
+
 def test_the_last_weights_are_measured_once_whatever_follows_from_them(tmp_path):
     when = {"health": EACH, "other": When("health", "dormant", above=0.3)}
     told = []
