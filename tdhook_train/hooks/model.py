@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -164,19 +164,23 @@ class HookedModel:
         return td
 
     @contextmanager
-    def edited(self, edits: Mapping[Selector, Any]) -> Iterator[None]:
+    def edited(
+        self, edits: Mapping[Selector, Any], *, off: Callable[[], bool] | None = None, but: Collection[nn.Module] = ()
+    ) -> Iterator[None]:
         """Keep settings on the model as long as the block lasts, for whoever calls it, by whatever way.
 
-        Every call of the modules is changed. A compiled model runs eagerly meanwhile.
+        Every call of the modules is changed. A compiled model runs eagerly meanwhile. Blocks may end in any order.
 
         Args:
             edits: a tensor or a function of the output, by path, pattern, class or predicate.
+            off: asked at every call, whether to leave that one as it is.
+            but: modules that are left alone.
 
         Raises:
             PathError: a selector names no module.
             SetterError: at the end of a block in which the model ran, an edit whose module never did.
         """
-        with edited(self, edits, attends=self._fused[0]):
+        with edited(self, edits, off=off, but=but, attends=self._fused[0]):
             yield
 
     # ------------------------------------------------------------------ names

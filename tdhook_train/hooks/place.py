@@ -19,7 +19,7 @@ from tdhook_train.hooks.tap import Setter, Steps, Stop, Tap, Turn
 if TYPE_CHECKING:
     from tdhook_train.hooks.model import HookedModel
 
-__all__ = ["ForEach", "place", "refuse_ignored", "refuse_unreached", "setters_at"]
+__all__ = ["ForEach", "Held", "place", "refuse_ignored", "refuse_unreached", "setters_at"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,30 @@ def place(module: nn.Module, where: str, taps: Sequence[Tap]) -> RemovableHandle
         return module.register_forward_hook(partial(_past, taps[0].meets))
     taps = _in_order(taps)
     return module.register_forward_hook(lambda _module, args, output: _through(taps, args, output))
+
+
+class Held:
+    """A hook that stays on somebody's module for a while; copies and pickles of that get one that does nothing.
+
+    Args:
+        tap: meets what the module gives out; or a function of module and arguments, told of each call.
+    """
+
+    def __init__(self, tap: Tap | Callable[[nn.Module, tuple[Any, ...]], object] | None) -> None:
+        self._tap = tap
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> Any:
+        """Do it."""
+        if self._tap is None:
+            return None
+        if callable(self._tap):
+            self._tap(module, args)
+            return None
+        return _past(self._tap.meets, module, args, output)
+
+    def __reduce__(self) -> tuple[type[Held], tuple[None]]:
+        """Return what copies get."""
+        return Held, (None,)
 
 
 def _in_order(taps: Sequence[Tap]) -> list[Tap]:

@@ -28,6 +28,7 @@ __all__ = [
     "Stopped",
     "Tap",
     "Turn",
+    "Unless",
     "Where",
     "in_graph",
 ]
@@ -299,6 +300,23 @@ class Setter(_Counted):
 
     def finish(self) -> None:
         """Let go of what only the pass needed."""
+
+
+@dataclass
+class Unless:
+    """A tap that lets a value pass as it is, the very same object, for as long as ``off`` says so."""
+
+    tap: Tap
+    off: Callable[[], bool]
+
+    @property
+    def turn(self) -> Turn:
+        """That of the tap."""
+        return self.tap.turn
+
+    def meets(self, value: Any, steps: Steps) -> Any:
+        """Let it meet the tap."""
+        return value if self.off() else self.tap.meets(value, steps)
 
 
 class Stopped(BaseException):  # a model that catches every Exception must not catch this one

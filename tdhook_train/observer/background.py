@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -22,6 +23,8 @@ from tdhook_train.observer.subject import Subject
 from tdhook_train.observer.worker import BEGUN, Due, Job, Outcome, Start
 
 __all__ = ["Background"]
+
+_TO_EXIT_S = 2.0
 
 
 class Background:
@@ -89,7 +92,9 @@ class Background:
         with subject.view.open(None):
             sources = [(name, self._unless_sent(name, source)) for name, source in due.sources]
             job = Job(replace(due, sources=sources), subject.weights(), self._forget)
-            self._outbox.append(pickle.dumps(job))
+            message = pickle.dumps(job)
+        self._outbox.append(message)  # not before it is written: what interrupts that sends nothing
+        self._fixed |= {name: source.fingerprint for name, source in due.sources if source and source.fixed}
         self._forget = False
         self._exchange(wait=False)
         return True
@@ -103,7 +108,6 @@ class Background:
             return source
         if self._fixed.get(name) == source.fingerprint:
             return None
-        self._fixed[name] = source.fingerprint
         return source
 
     def collect(self, *, wait: bool = False) -> None:
@@ -129,20 +133,27 @@ class Background:
 
     def _exchange(self, *, wait: bool) -> None:
         """Take the message that is due, if it is there or waited for, and then send what is next."""
+        if self._due and not self._poll.poll(None if wait else 0):
+            return
         try:
-            if self._due and (wait or self._poll.poll(0)):
+            if self._due:
                 message = self._connection.recv_bytes()
                 self._due = False
                 if message == BEGUN:
                     self._begun += 1
                 else:
                     self.inbox.append(pickle.loads(message))
-            if not self._due and self._outbox:
+            if self._outbox:
                 self._connection.send_bytes(self._outbox.popleft())
                 self._due = True
-        except (OSError, EOFError) as error:
+        except BaseException as error:  # Ctrl-C as well: half a message would make nonsense of all after it
             self._outbox.clear()
             self._due = False
+            if not isinstance(error, OSError | EOFError):
+                self.close()
+                raise
+            with suppress(subprocess.TimeoutExpired):  # it closed its end, and says next why
+                self._process.wait(_TO_EXIT_S)
             self.close()
             raise WorkerError(
                 f"the process that measures in the background ended with exit code {self._process.returncode}; what it "

@@ -63,6 +63,8 @@ class Observer:
             :class:`~tdhook_train.observer.LiveEdit`. Without any the training is left as it was.
         background: measure snapshots in a process of its own while the training goes on: the same numbers, but rows
             come later, and what is due when that many snapshots wait (8, if True) is skipped, which is noted.
+            Weights and buffers are sent each time, whatever else a module holds (a Python number that is annealed, say)
+            but once.
             An error of a method is raised by a later :meth:`step`. :meth:`finish`, :meth:`state_dict` and
             :meth:`close` wait for what is under way.
         resume: go on in a folder that already holds a run.
@@ -182,7 +184,9 @@ class Observer:
         if not self._closed:
             self._ticks.sources.refresh(clock)
         if self._closed or self._paused:
-            clock.asked()
+            if not self._closed:
+                self._rounds.keep(model)
+            clock.passed()
             return False
         return self._rounds.go(model)
 
@@ -267,7 +271,7 @@ class Observer:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Measure nothing inside the block; clocks go on."""
+        """Measure nothing and begin no edit inside the block; clocks go on, and spans end when they are over."""
         self._paused += 1
         try:
             yield
@@ -282,8 +286,10 @@ class Observer:
         if not self._closed:
             try:
                 self._ticks.take(wait=True)
+                self._rounds.tell()
             finally:
-                self._let_go()
+                if not self._closed:  # by an alert
+                    self._let_go()
 
     def _let_go(self) -> None:
         self._closed = True
@@ -320,7 +326,7 @@ class Observer:
         self._ticks.forget()
         self._ticks.sources.load_state_dict(state["probe_sets"], self.buffer.folder("probe_sets"))
         self.buffer.truncate(after_step=self.clock.step)
-        self._rounds.remember()
+        self._rounds.remember(state["fresh"])
 
     def _check_open(self) -> None:
         if self._closed:

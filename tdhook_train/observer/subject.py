@@ -45,6 +45,11 @@ class Subject:
         self._draws: dict[str, bool] = {}  # whether a network draws, as far as it was asked
         self._over_time: dict[tuple[str, tuple[int, ...]], bool] = {}  # whether a network handles time in a batch
 
+    @property
+    def keys(self) -> dict[str, tuple[list[Any], list[Any]]]:
+        """What each network reads and gives out."""
+        return {name: (hooked.in_keys, hooked.out_keys) for name, hooked in self.networks.items()}
+
     def open(self, seed: int, batch: TensorDictBase) -> AbstractContextManager[None]:
         """Open the view for a measurement on a batch.
 

@@ -39,6 +39,7 @@ class Start:
         dtype: what torch makes of Python's numbers.
         precision: of float32 products, as torch names it.
         deterministic: whether torch is asked for deterministic algorithms.
+        warns: whether it only warns where there is none.
     """
 
     subject: Subject
@@ -48,13 +49,14 @@ class Start:
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     precision: str = field(default_factory=torch.get_float32_matmul_precision)
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
+    warns: bool = field(default_factory=torch.is_deterministic_algorithms_warn_only_enabled)
 
     def station(self) -> Station:
         """Compute as the training's process does, and give what measures."""
         torch.set_num_threads(self.threads)
         torch.set_default_dtype(self.dtype)
         torch.set_float32_matmul_precision(self.precision)
-        torch.use_deterministic_algorithms(self.deterministic)
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warns)
         return Station(self.methods, self.seed)
 
 

@@ -32,19 +32,23 @@ class Clock:
     batches: int = 0
     seconds: float = 0.0
     before: Times | None = field(default=None)  # None until triggers were asked for the first time
-    fresh: dict[str, Any] = field(default_factory=dict, repr=False)  # rows measured since then, by name: key -> tensor
-    known: dict[str, Any] = field(default_factory=dict, repr=False)  # the rows before those
+    fresh: dict[str, list[Any]] = field(default_factory=dict, repr=False)  # rows since then, by name: key -> tensor
+    known: dict[str, Any] = field(default_factory=dict, repr=False)  # the row before those
 
     @property
     def now(self) -> Times:
         """The present moment, frozen."""
         return Times(self.step, self.frames, self.epoch, self.batches, self.seconds)
 
+    def passed(self) -> None:
+        """Let the present moment pass without asking triggers; rows that have come are new to them later."""
+        self.before = self.now
+
     def asked(self) -> None:
         """Remember the present moment as the last at which triggers were asked."""
-        self.before = self.now
+        self.passed()
         if self.fresh:
-            self.known |= self.fresh
+            self.known |= {name: rows[-1] for name, rows in self.fresh.items()}
             self.fresh = {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, cast
 
 from torch import Tensor
@@ -243,23 +244,26 @@ class When(Trigger):
         return frozenset([self.fn]) if isinstance(self.fn, str) else frozenset()
 
     def due(self, clock: Clock) -> bool:
-        """Ask the function, or compare the row that is new with the one before.
+        """Ask the function, or compare each row that is new with the one before.
 
         Raises:
             KeyMissingError: the row has no such key; names the nearest.
         """
         if not isinstance(self.fn, str):
             return bool(self.fn(clock))
-        new = clock.fresh.get(self.fn)
-        return new is not None and self._beyond(new) and not self._beyond(clock.known.get(self.fn))
+        if self.fn not in clock.fresh:
+            return False
+        beyond = [self._beyond(row) for row in (clock.known.get(self.fn), *clock.fresh[self.fn])]
+        return any(now and not before for before, now in pairwise(beyond))
 
     def _beyond(self, row: Mapping[Any, Tensor] | None) -> bool:
         if row is None:
             return False
-        if self.key not in row:
+        key = tuple(self.key.split(".")) if isinstance(self.key, str) and self.key not in row else self.key
+        if key not in row:
             known = [".".join(key) if isinstance(key, tuple) else key for key in row]
             raise KeyMissingError(f"rows {self.fn!r} hold no {self.key!r}{did_you_mean(str(self.key), known)}")
-        values = row[self.key]
+        values = row[key]
         values = values if values.is_floating_point() else values.double()
         values = values[~values.isnan()]
         if not len(values):
