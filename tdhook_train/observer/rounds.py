@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -15,8 +15,11 @@ from tdhook_train.observer.agenda import Agenda
 from tdhook_train.observer.edits import Edits
 from tdhook_train.observer.subject import Subject
 from tdhook_train.observer.ticks import Ticks
+from tdhook_train.schedule.clock import last_said
 
 __all__ = ["Rounds"]
+
+_SAID = 16  # rows that are read again after a resume, for the last that was not NaN
 
 
 _TELL = {
@@ -71,10 +74,11 @@ class Rounds:
     def go(self, model: nn.Module, done: frozenset[str] = frozenset()) -> bool:
         """Do what is due now, and what that makes due, but for rows that are done; return whether any was measured."""
         clock, edits = self.clock, self._edits
-        before, begin = done, dict[str, None]()
+        before, begin, told = done, dict[str, None](), set[Callable[[], None]]()
         self.keep(model)
         while True:
-            rows, calls = self.agenda.rows(clock) - done, self.agenda.tell(clock)
+            rows, calls = self.agenda.rows(clock) - done, [c for c in self.agenda.tell(clock) if c not in told]
+            told |= set(calls)
             begin |= dict.fromkeys(edits.due(clock) if edits else ())
             clock.asked()
             if rows and self._measure(model, rows):
@@ -146,11 +150,11 @@ class Rounds:
         clock, buffer = self.clock, self.ticks.recorder.buffer
         clock.known, clock.fresh = {}, {}
         for name in self.agenda.watched & set(buffer):
-            last = buffer[name].last(1 + fresh.get(name, 0))
+            last = buffer[name].last(_SAID + fresh.get(name, 0))
             rows = [dict(last[i].items(include_nested=True, leaves_only=True)) for i in range(len(last))]
             new = rows[-fresh[name] :] if fresh.get(name) else []
             if known := rows[: len(rows) - len(new)]:
-                clock.known[name] = known[-1]
+                clock.known[name] = last_said(known)
             if new:
                 clock.fresh[name] = new
 
