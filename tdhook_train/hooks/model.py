@@ -83,6 +83,12 @@ class HookedModel:
         """Run the model: the inputs, untouched, and beside them the outputs."""
         return self.forward(inputs)
 
+    def on(self, module: nn.Module) -> HookedModel:
+        """Return another module of the same structure as a function of the same TensorDicts."""
+        twin = HookedModel(module, self._keywords or self.in_keys, self.out_keys, name=self.name)
+        twin.sequences = self.sequences
+        return twin
+
     def run(self, inputs: TensorDictBase) -> Run:
         """Describe one pass in a ``with`` block: see :class:`Run`."""
         return Run(self, inputs)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -19,6 +20,7 @@ import cloudpickle
 from tdhook_train.errors import NetworkError, WorkerError
 from tdhook_train.observer.measure import Rows
 from tdhook_train.observer.sources import Source
+from tdhook_train.observer.station import LastRows
 from tdhook_train.observer.subject import Subject
 from tdhook_train.observer.worker import BEGUN, Due, Job, Outcome, Start
 
@@ -51,7 +53,7 @@ class Background:
         self.inbox: deque[Outcome] = deque()  # what was measured, in order
         self._waiting = waiting
         self._fixed: dict[str, int] = {}  # fingerprints of the fixed sources that the worker has
-        self._forget = False
+        self._back: Mapping[str, LastRows] | None = None
         self._begun = 0  # 1 when the process runs, 2 when it knows what to measure
         self._due = True  # whether a message is to come
         ours, theirs = socket.socketpair()
@@ -91,11 +93,11 @@ class Background:
             return False
         with subject.view.open(None):
             sources = [(name, self._unless_sent(name, source)) for name, source in due.sources]
-            job = Job(replace(due, sources=sources), subject.weights(), self._forget)
+            job = Job(replace(due, sources=sources), subject.weights(), self._back)
             message = pickle.dumps(job)
         self._outbox.append(message)  # not before it is written: what interrupts that sends nothing
         self._fixed |= {name: source.fingerprint for name, source in due.sources if source and source.fixed}
-        self._forget = False
+        self._back = None
         self._exchange(wait=False)
         return True
 
@@ -123,9 +125,9 @@ class Background:
         while wait and (self._outbox or (self._due and self._begun == 2)):
             self._exchange(wait=True)
 
-    def forget(self) -> None:
-        """Forget the ticks before, as going back to a checkpoint needs."""
-        self._forget = True
+    def go_back(self, last: Mapping[str, LastRows]) -> None:
+        """Forget the ticks before, but for these rows, by source: as going back to a checkpoint needs."""
+        self._back = last
 
     def close(self) -> None:
         """End the process, whatever it does. Safe to call twice."""

@@ -323,9 +323,9 @@ class Observer:
         self._rounds.load_state_dict(state)
         self.steps_taken = state["steps_taken"]
         self._ticks.take(wait=True)
-        self._ticks.forget()
         self._ticks.sources.load_state_dict(state["probe_sets"], self.buffer.folder("probe_sets"))
         self.buffer.truncate(after_step=self.clock.step)
+        self._ticks.go_back()
         self._rounds.remember(state["fresh"])
 
     def _check_open(self) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tensordict import TensorDictBase
+
 from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.errors import RunExistsError, SettingsError
 from tdhook_train.method import Method
 from tdhook_train.observer.measure import Row
 from tdhook_train.observer.scalars import scalars
-from tdhook_train.observer.station import Measurement
+from tdhook_train.observer.station import LastRows, Measurement
 
 __all__ = ["Recorder"]
 
@@ -65,9 +67,29 @@ class Recorder:
 
     def _declare(self, name: str, row: Row, methods: Sequence[Method]) -> None:
         labels = {dim: names for dim, names in row.measured.labels.items() if names}
-        legend = {key: dict(codes) for method in methods for key, codes in method.legend.items()}
+        written = row.measured.values  # some methods write some of their keys only where they are asked to
+        legend = {key: dict(codes) for method in methods for key, codes in method.legend.items() if key in written}
         settings = [method.settings() for method in methods]
         self.buffer.declare(name, dims=row.measured.dims, coords=labels, settings=settings, legend=legend)
+
+    def last(self, source: str, *, fixed: bool) -> LastRows:
+        """Return the last rows that are stored of a source.
+
+        Args:
+            source: its name.
+            fixed: rows of other data than the newest one's do not count.
+        """
+        rows, newest, data = dict[str, tuple[TensorDictBase, int]](), -1, 0
+        for row in self._methods:
+            name = f"{row}.{source}" if source else row
+            if name not in self.buffer or not len(self.buffer[name].steps):
+                continue
+            last = self.buffer[name].last()[0].clone()  # what is read may be written over
+            meta = last.pop("meta")
+            rows[row] = (last, int(meta["data"]) if fixed else 0)
+            if int(meta["step"]) > newest:
+                newest, data = int(meta["step"]), rows[row][1]
+        return LastRows(data, {row: last for row, (last, of) in rows.items() if of == data})
 
     def log(self, step: int) -> None:
         """Tell the loggers the scalars of the last tick."""

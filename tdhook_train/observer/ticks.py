@@ -143,11 +143,12 @@ class Ticks:
             for failure in outcome.failures
         )
 
-    def forget(self) -> None:
-        """Forget the ticks before, as going back to a checkpoint needs."""
-        self.station.forget()
+    def go_back(self) -> None:
+        """Forget the ticks before, but for the last rows that are stored, as going back to a checkpoint needs."""
+        last = {name: self.recorder.last(name, fixed=fixed) for name, fixed in self.sources.fixed.items()}
+        self.station.go_back(last)
         if self._worker is not None:
-            self._worker.forget()
+            self._worker.go_back(last)
 
     def close(self) -> None:
         """Let go of batches, and end the process in the background, whatever it does."""
@@ -156,7 +157,7 @@ class Ticks:
             self._worker = None
         self.sources.close()
         self.live.clear()
-        self.forget()
+        self.station.go_back({})
 
     def _commit(self, found: Measurement) -> bool:
         for row in found.rows:

@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 
 from tdhook_train.observer.measure import Rows
 from tdhook_train.observer.sources import Source
-from tdhook_train.observer.station import Measurement, Station
+from tdhook_train.observer.station import LastRows, Measurement, Station
 from tdhook_train.observer.subject import Subject
 from tdhook_train.schedule import Times
 
@@ -73,12 +73,12 @@ class Due:
 class Job:
     """What is due, with the weights of the moment.
 
-    ``forget`` asks to forget the ticks before first, as going back to a checkpoint needs.
+    With ``back`` the ticks before are forgotten first, but for these rows, as going back to a checkpoint needs.
     """
 
     due: Due
     weights: Mapping[str, TensorDictBase]
-    forget: bool = False
+    back: Mapping[str, LastRows] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def _next(training: Connection, parent: int) -> bytes | None:
 
 def _served(job: Job, subject: Subject, station: Station, sources: dict[str, Source]) -> Outcome:
     began, outcome = time.perf_counter(), Outcome(job.due.now)
-    if job.forget:
-        station.forget()
+    if job.back is not None:
+        station.go_back(job.back)
     subject.take(job.weights)
     for name, sent in job.due.sources:
         source = sources[name] if sent is None else sent

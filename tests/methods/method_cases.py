@@ -12,7 +12,7 @@ from torch import nn
 from tdhook_train import Method, attribution, health, latent
 from tdhook_train.attribution import IntegratedGradients, Saliency
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
-from tdhook_train.latent import Ablate, ActivationAddition, ActivationPatching, RidgeProbe, SteeringVectors
+from tdhook_train.latent import Ablate, ActivationAddition, ActivationPatching, Cka, RidgeProbe, SteeringVectors
 from tdhook_train.rl import AblatedReturn
 
 PUBLIC = [getattr(family, name) for family in (attribution, health, latent) for name in family.__all__]
@@ -113,6 +113,16 @@ CASES = (
             "exploration": ["mode"],
         },
         frozenset(AblatedReturn.writes),
+    ),
+    Case(
+        Cka,
+        {"layers": ("0", "1"), "to": ("initial", "previous", "layers"), "rows": 20},
+        {"to": "initial"},
+        {"to": ["before", ()], "rows": [3], "reference": [3, {}]},
+        frozenset(
+            [f"{what}_{to}" for what in ("cka", "reason") for to in ("initial", "previous", "layers")]
+            + ["few_rows", "inputs", ("activation", "0"), ("activation", "1")]
+        ),
     ),
     Case(EffectiveRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(EffectiveRank.writes)),
 )
