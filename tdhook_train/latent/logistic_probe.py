@@ -13,7 +13,7 @@ from tdhook_train.errors import GroupsError, SettingsError, TargetError
 from tdhook_train.hooks import HookedModel
 from tdhook_train.latent.layer_probe import LayerProbe, null_place
 from tdhook_train.method import Parts, Seen
-from tdhook_train.ops.classification import SCORES, fold_scores
+from tdhook_train.ops.classification import SCORES, fold_scores, pooled_scores
 from tdhook_train.ops.folds import circular_shifts
 from tdhook_train.ops.join import Labels, Measured
 from tdhook_train.ops.logistic import LogisticDesign
@@ -226,7 +226,9 @@ class _Scores:
             place = torch.tensor(some)[:, None], targets
             y = self._y[:, targets].to(self._blocks[0].device)
             fit = design.fit(y, k)
-            mean, pooled, used = (v.cpu() for v in fold_scores(fit.held_out, y[..., None], self._folds, fit.fitted))
+            held_out = fit.held_out, y[..., None], self._folds, fit.fitted
+            mean, used = (value.cpu() for value in fold_scores(*held_out))
+            pooled = pooled_scores(*held_out).cpu()
             failed = ~fit.converged.all(3).all(1).cpu()
             reason = torch.where(used.all(0), 0, torch.where(used.any(0), 7, 2)).expand_as(failed)
             reason = torch.where(failed, 6, reason).to(torch.int8)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["SCORES", "class_scores", "fold_scores"]
+__all__ = ["SCORES", "class_scores", "fold_scores", "pooled_scores"]
 
 SCORES = ("balanced_accuracy", "auc", "log_loss")
 
 
-def fold_scores(logits: Tensor, y: Tensor, folds: Tensor, fitted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Score what was predicted of held-out rows.
+def fold_scores(logits: Tensor, y: Tensor, folds: Tensor, fitted: Tensor) -> tuple[Tensor, Tensor]:
+    """Score what was predicted of held-out rows, fold by fold.
 
     Args:
         logits: as for :func:`class_scores`.
@@ -21,8 +21,8 @@ def fold_scores(logits: Tensor, y: Tensor, folds: Tensor, fitted: Tensor) -> tup
         fitted: whether a fold could be fitted to a target, ``[f, t]``.
 
     Returns:
-        The scores, each ``[3, b, t, s]``, as the mean over folds and of all held-out rows together, and which folds
-        the mean is over, ``[f, t]``: those that were fitted and hold out two classes or more. NaN where none is left.
+        The scores, ``[3, b, t, s]``, as the mean over folds, and which folds it is over, ``[f, t]``: those that were
+        fitted and hold out two classes or more. NaN where none is left.
     """
     total = counted = torch.zeros((), dtype=torch.float64, device=logits.device)
     used = []
@@ -34,8 +34,13 @@ def fold_scores(logits: Tensor, y: Tensor, folds: Tensor, fitted: Tensor) -> tup
         total = total + torch.where(keep[:, None], scores, 0.0)
         counted = counted + keep.double()
         used.append(keep)
-    pooled = [_pooled(logits[:, :, [t]], y[:, [t]], fitted[:, t].cpu()[folds]) for t in range(y.shape[1])]
-    return total / counted[:, None], torch.cat(pooled, 2), torch.stack(used)
+    return total / counted[:, None], torch.stack(used)
+
+
+def pooled_scores(logits: Tensor, y: Tensor, folds: Tensor, fitted: Tensor) -> Tensor:
+    """Score the held-out rows of all folds that were fitted together, as :func:`fold_scores`: ``[3, b, t, s]``."""
+    of_each = [_pooled(logits[:, :, [t]], y[:, [t]], fitted[:, t].cpu()[folds]) for t in range(y.shape[1])]
+    return torch.cat(of_each, 2)
 
 
 def _pooled(logits: Tensor, y: Tensor, rows: Tensor) -> Tensor:
@@ -78,10 +83,11 @@ def _area(score: Tensor, hot: Tensor) -> Tensor:
     inside = hot.movedim(0, -1).expand_as(ordered).gather(-1, order)
     outside = 1 - inside
     below = outside.cumsum(-1)  # whole numbers: exact up to 2²⁴ rows in float32
-    if (ordered[..., 1:] == ordered[..., :-1]).any():
-        last = torch.searchsorted(ordered, ordered, right=True) - 1
-        first = torch.searchsorted(ordered, ordered)
-        upto, before = below.gather(-1, last), below.gather(-1, first) - outside.gather(-1, first)
-        below = (upto + before) / 2
+    ties = (ordered[..., 1:] == ordered[..., :-1]).any(-1)
+    if ties.any():
+        tied, ranks = ordered[ties], below[ties]
+        last = torch.searchsorted(tied, tied, right=True) - 1
+        first = torch.searchsorted(tied, tied)
+        below[ties] = (ranks.gather(-1, last) + ranks.gather(-1, first) - outside[ties].gather(-1, first)) / 2
     n = inside.sum(-1).double()
     return (inside * below).sum(-1, dtype=torch.float64) / (n * (inside.shape[-1] - n))

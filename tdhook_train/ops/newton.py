@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class LogisticProblem:
         return out.view(shape).sub_(self.pull).addcmul_(w, self.penalty[:, None, None, None, None])
 
     def hessian(self, w: Tensor) -> Tensor:
-        """Return the Hessian at coefficients, the mean over shifts, ``[b, f, t, k·d, k·d]``."""
+        """Return the Hessian at coefficients, one for all shifts, ``[b, f, t, k·d, k·d]``."""
         out = []
         for fold in range(self.rows.shape[1]):
             keep = self.rows[:, fold].nonzero()[:, 0]
@@ -78,14 +79,15 @@ class LogisticProblem:
         if k == 1:
             curve = (p * (1 - p)).mean((-1, -2))  # [b, n, t]
             return torch.stack([(x * c[..., None]).mT @ x for c in curve.unbind(-1)], 1)
+        p = p.mean(3)  # of all shifts one Hessian at their mean, which costs no more than that of one
         out = x.new_zeros(b, t, k * d, k * d)
-        for i, j, shift in itertools.product(range(b), range(t), range(p.shape[3])):
-            weighted = p[i, :, j, shift, :, None] * x[i, :, None]  # [n, k, d]
+        for i, j in itertools.product(range(b), range(t)):
+            weighted = p[i, :, j, :, None] * x[i, :, None]  # [n, k, d]
             flat = weighted.flatten(1)
             own = weighted.permute(1, 2, 0) @ x[i]  # Σ pxxᵀ of each class, [k, d, d]
             out[i, j].addmm_(flat.T, flat, alpha=-1)
             out[i, j].view(k, d, k, d).diagonal(dim1=0, dim2=2).add_(own.permute(1, 2, 0))
-        return out / p.shape[3]
+        return out
 
     def penalised(self, curvature: Tensor) -> Tensor:
         """Add the penalty to curvatures ``[b, ..., k·d, k·d]``."""
@@ -192,4 +194,8 @@ def factor_of(hessian: Tensor) -> Tensor:
 
 
 def _probabilities_(z: Tensor) -> Tensor:
-    return z.sigmoid_() if z.shape[-1] == 1 else z.softmax(-1)
+    if z.shape[-1] == 1:
+        return z.sigmoid_()
+    # classes are few and lie side by side, where torch's own softmax is four times as slow
+    z.sub_(reduce(torch.maximum, z.unbind(-1))[..., None]).exp_()
+    return z.div_(reduce(torch.add, z.unbind(-1))[..., None])

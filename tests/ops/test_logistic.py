@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 from torch.nn import functional
 
-from tdhook_train.ops.classification import class_scores, fold_scores
+from tdhook_train.ops.classification import class_scores, fold_scores, pooled_scores
 from tdhook_train.ops.folds import circular_shifts, fold_of
 from tdhook_train.ops.logistic import LogisticDesign
 
@@ -178,12 +178,14 @@ def test_the_mean_over_folds_leaves_out_those_that_were_not_fitted_or_hold_out_o
     y = torch.randint(2, (60, 1, 1), generator=g)
     y[folds == 1] = 0
     z = torch.randn(1, 60, 1, 1, 1, generator=g, dtype=torch.float64)
-    mean, pooled, used = fold_scores(z, y, folds, torch.tensor([[True], [True], [False], [True]]))
+    fitted = torch.tensor([[True], [True], [False], [True]])
+    (mean, used), pooled = fold_scores(z, y, folds, fitted), pooled_scores(z, y, folds, fitted)
     assert used[:, 0].tolist() == [True, False, False, True]
     kept = [class_scores(z[:, folds == k], y[folds == k]) for k in (0, 3)]
     assert (mean - (kept[0] + kept[1]) / 2).abs().max() < 1e-12
     assert torch.equal(pooled, class_scores(z[:, folds != 2], y[folds != 2]))
-    mean, pooled, used = fold_scores(z, y, folds, torch.zeros(4, 1, dtype=torch.bool))
+    none = torch.zeros(4, 1, dtype=torch.bool)
+    (mean, used), pooled = fold_scores(z, y, folds, none), pooled_scores(z, y, folds, none)
     assert mean.isnan().all()
     assert pooled.isnan().all()
     assert not used.any()
