@@ -37,8 +37,9 @@ class LogisticProbe(LayerProbe):
     shifts within trajectories.
 
     Costs no pass of its own (the shared one; another on the initial network, once a probe set). Fits cost more than
-    ridge regression, and a shift is a fit of its own, if a rough one: about 5 to 10 % of the exact one. Costs grow
-    with the square of features × classes.
+    ridge regression, and a shift is a fit of its own, if a rough one: about a tenth of the exact one for two classes,
+    more for several. 27 layers of 32 units, 2,048 rows, two classes, one core: 0.13 s, and 0.01 s a shift; with three
+    classes some five to ten times as much. Costs grow with the square of features × classes.
 
     Args:
         layers: paths, patterns, module classes or predicates; ``"**"`` is every leaf module, before and after
