@@ -12,7 +12,15 @@ from torch import nn
 from tdhook_train import Method, attribution, health, latent
 from tdhook_train.attribution import IntegratedGradients, Saliency
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
-from tdhook_train.latent import Ablate, ActivationAddition, ActivationPatching, Cka, RidgeProbe, SteeringVectors
+from tdhook_train.latent import (
+    Ablate,
+    ActivationAddition,
+    ActivationPatching,
+    Cka,
+    LogisticProbe,
+    RidgeProbe,
+    SteeringVectors,
+)
 from tdhook_train.rl import AblatedReturn
 
 PUBLIC = [getattr(family, name) for family in (attribution, health, latent) for name in family.__all__]
@@ -33,6 +41,10 @@ class Case:
 
 def double(_layer, output):
     return output * 2
+
+
+def above_zero(td):
+    return td["input"][:, 0] > 0
 
 
 CASES = (
@@ -70,6 +82,13 @@ CASES = (
         {"layers": "0"},
         {"steer_fn": [None, 3.0]},
         frozenset(),
+    ),
+    Case(
+        LogisticProbe,
+        {"layers": ("0", "1"), "target": {"x": above_zero, "late": "late"}, "folds": 3, "shifts": 5},
+        {"C": 10.0},
+        {"folds": [1], "C": [0.0, -1.0, float("inf"), float("nan")], "shifts": [-1], "target": [(0,)]},
+        frozenset(LogisticProbe.writes),
     ),
     Case(
         RidgeProbe,
@@ -138,7 +157,10 @@ def mlp(*widths, activation=nn.Tanh):
 def batch(n=24, seed=0):
     g = torch.Generator().manual_seed(seed)
     x, y, plus, minus = (torch.randn(n, *width, generator=g) for width in ((3,), (), (3,), (3,)))
-    return TensorDict({"input": x, "y": y, ("positive", "input"): plus, ("negative", "input"): minus}, [n])
+    late = torch.arange(n) % 3
+    return TensorDict(
+        {"input": x, "y": y, "late": late, ("positive", "input"): plus, ("negative", "input"): minus}, [n]
+    )
 
 
 def measured(method, model, td, **known):
