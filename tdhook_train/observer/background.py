@@ -60,7 +60,11 @@ class Background:
         with theirs:
             run = f"import sys; sys.path[:] = {sys.path!r}; from tdhook_train.observer import worker; worker.main"
             command = [sys.executable, "-c", f"{run}({theirs.fileno()})"]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            # its threads of torch sleep between two products: waiting awake they would take the training's cores
+            environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+            )
         self._connection = Connection(ours.detach())
         self._poll = select.poll()  # several times as fast as the connection's own, and asked at every step
         self._poll.register(self._connection.fileno(), select.POLLIN)
