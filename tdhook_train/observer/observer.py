@@ -65,6 +65,7 @@ class Observer:
             come later, and what is due when that many snapshots wait (8, if True) is skipped, which is noted.
             Weights and buffers are sent each time, whatever else a module holds (a Python number that is annealed, say)
             but once.
+            It pays where a core is free: small networks train as fast with ``torch.set_num_threads(1)``, and leave one.
             An error of a method is raised by a later :meth:`step`. :meth:`finish`, :meth:`state_dict` and
             :meth:`close` wait for what is under way.
         resume: go on in a folder that already holds a run.
