@@ -32,7 +32,7 @@ from tdhook_train.rl.ppo import make_ppo
 
 __all__ = ["MAKE", "Training"]
 
-_WIDTH = [256, 256]  # the usual size of SAC's and DQN's networks
+_WIDTH = [64, 64]
 
 
 @dataclass

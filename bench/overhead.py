@@ -27,7 +27,7 @@ from tdhook_train import ArtifactBuffer, Observer, ProbeSet
 from tdhook_train.rl import ObservedLoss
 from tdhook_train.rl.demo import schedule
 
-FRAMES = {"PPO": 50_000, "SAC": 6_000, "DQN": 12_000}
+FRAMES = {"PPO": 50_000, "SAC": 3_000, "DQN": 8_000}
 STRETCHES = 10
 SIDES = ("bare", "foreground", "background")
 

@@ -75,6 +75,7 @@ class HookedModel:
         """Shape of the batch whose rows come laid end to end, where the network handles time: ``[sequences, time]``."""
         self._trace: tuple[TracedSite, ...] | None = None
         self._selected: dict[tuple[Selector, ...], tuple[str, ...]] = {}
+        self._layouts: dict[str, nn.Module] = {}  # by site, what lays its value out
 
     def __repr__(self) -> str:
         return f"HookedModel({type(self.module).__name__}, in_keys={self.in_keys}, out_keys={self.out_keys})"
@@ -279,7 +280,9 @@ class HookedModel:
 
     def unit_axis(self, site: str, value: Tensor) -> int:
         """Say along which dimension of a site's value its units lie: see :func:`.layout.unit_axis`."""
-        return unit_axis(value, laid_out_by(self.module, self.module_of(site)))
+        if site not in self._layouts:
+            self._layouts[site] = laid_out_by(self.module, self.module_of(site))
+        return unit_axis(value, self._layouts[site])
 
     def device(self) -> torch.device:
         """Return where the model's first parameter or buffer lies (the CPU where it has none)."""
