@@ -120,7 +120,13 @@ class Observer:
 
     # ------------------------------------------------------------------ what is observed
 
-    def attach(self, model: nn.Module, *, in_keys: list[str] | None = None, out_keys: list[str] | None = None) -> None:
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        in_keys: list[str] | Mapping[str, str] | None = None,
+        out_keys: list[str] | None = None,
+    ) -> None:
         """Begin to observe a model: check what can be checked now, and remember its weights as the initial ones.
 
         Called by the first :meth:`step` where nobody called it before; front doors call it when they are made.

@@ -36,6 +36,11 @@ class Trigger(ABC):
         """The rows whose values it goes by."""
         return frozenset()
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether it is due at the same steps in every process of a training."""
+        return True
+
     def __or__(self, other: Trigger) -> Trigger:
         """Due when either is."""
         return _Any(self, other)
@@ -57,6 +62,10 @@ class _Any(Trigger):
     def rows(self) -> frozenset[str]:
         return self.left.rows | self.right.rows
 
+    @property
+    def everywhere(self) -> bool:
+        return self.left.everywhere and self.right.everywhere
+
 
 @dataclass(frozen=True)
 class _All(Trigger):
@@ -69,6 +78,10 @@ class _All(Trigger):
     @property
     def rows(self) -> frozenset[str]:
         return self.left.rows | self.right.rows
+
+    @property
+    def everywhere(self) -> bool:
+        return self.left.everywhere and self.right.everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +127,11 @@ class Every(Trigger):
             return "frames" if self.total_frames is not None else "optim_steps"
         return next(name for name in _FIELD if getattr(self, name) is not None)
 
+    @property
+    def everywhere(self) -> bool:
+        """Clocks on the wall differ."""
+        return self.scale != "seconds"
+
     @cached_property
     def period(self) -> float:
         """The distance between boundaries, on that scale."""
@@ -141,6 +159,11 @@ class At(Trigger):
         _check_scale(of)
         object.__setattr__(self, "steps", tuple(sorted(steps)))
         object.__setattr__(self, "of", of)
+
+    @property
+    def everywhere(self) -> bool:
+        """Clocks on the wall differ."""
+        return self.of != "seconds"
 
     def due(self, clock: Clock) -> bool:
         """Whether one of the steps was crossed."""
@@ -170,6 +193,11 @@ class Geometric(Trigger):
             return (self.first,)
         ratio = self.last / self.first
         return tuple(sorted({round(self.first * ratio ** (i / (self.n - 1))) for i in range(self.n)}))
+
+    @property
+    def everywhere(self) -> bool:
+        """Clocks on the wall differ."""
+        return self.of != "seconds"
 
     def due(self, clock: Clock) -> bool:
         """Whether one of the steps was crossed."""
@@ -212,6 +240,11 @@ class When(Trigger):
     def rows(self) -> frozenset[str]:
         """The row it goes by."""
         return frozenset([self.fn]) if isinstance(self.fn, str) else frozenset()
+
+    @property
+    def everywhere(self) -> bool:
+        """A function may say anything; a row is known where it is measured, which is what it follows."""
+        return isinstance(self.fn, str)
 
     def due(self, clock: Clock) -> bool:
         """Ask the function, or compare the row that is new with the one before.
