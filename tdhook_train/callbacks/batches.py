@@ -55,7 +55,7 @@ def in_keys(batch: TensorDictBase, inputs: Inputs) -> list[str] | dict[str, str]
     Raises:
         KeyMissingError: a key that the batch has not.
     """
-    keys = [key for key in batch if isinstance(key, str)]
+    keys = list(map(str, batch.keys()))
     if inputs is None:
         return keys[:1]
     wanted = dict(inputs) if isinstance(inputs, Mapping) else [inputs] if isinstance(inputs, str) else list(inputs)

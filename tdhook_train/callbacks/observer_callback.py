@@ -100,6 +100,7 @@ class ObserverCallback(Callback):
         self._ranks: Ranks | None = None  # none outside a fit
         self._restored: dict[str, Any] | None = None
         self._last: Any = None  # batch of the training
+        self._batches = 0  # trained on
         self._begun = False
 
     @property
@@ -147,6 +148,7 @@ class ObserverCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.observer is not None and self._restored is not None:
             self.observer.load_state_dict(self._restored)
+        self._batches = int(self._restored["clock"]["batches"]) if self._restored else 0
         self._restored = None
 
     @override
@@ -160,6 +162,7 @@ class ObserverCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._batches += 1
         self._step(trainer, pl_module, batch)
 
     @override
@@ -201,7 +204,7 @@ class ObserverCallback(Callback):
         self._last = batch
         epoch = trainer.current_epoch if epoch is None else epoch
         td = None if self._fixed else as_tensordict(batch)
-        if not ranks.due(trainer.global_step, epoch):
+        if not ranks.due(trainer.global_step, epoch, self._batches):
             self._observe(trainer, pl_module, td, epoch)
             return
         with ranks.together():
@@ -214,7 +217,7 @@ class ObserverCallback(Callback):
             known = td if self._fixed is None else self._fixed.td
             observer.attach(pl_module, in_keys=in_keys(known, self._inputs))
         with trainer.precision_plugin.forward_context():
-            if observer.step(pl_module, td, step=trainer.global_step, epoch=epoch):
+            if observer.step(pl_module, td, step=trainer.global_step, epoch=epoch, batches=self._batches):
                 self._tell(trainer)
 
     def _tell(self, trainer: Trainer) -> None:

@@ -46,13 +46,13 @@ class Ranks:
         self.several = self._world > 1
         self.first = trainer.is_global_zero
 
-    def due(self, step: int, epoch: int) -> bool:
+    def due(self, step: int, epoch: int, batches: int) -> bool:
         """Whether there is something to do together now: to begin, or to measure."""
         if not self.several:
             return False
         clock = self._clock
         begins = clock.before is None
-        clock.step, clock.epoch, clock.batches = step, epoch, clock.batches + 1
+        clock.step, clock.epoch, clock.batches = step, epoch, batches
         clock.seconds = time.monotonic() - self._began
         due = self._when.due(clock)
         clock.asked()

@@ -158,6 +158,7 @@ class Observer:
         step: int | None = None,
         frames: int | None = None,
         epoch: int | None = None,
+        batches: int | None = None,
     ) -> bool:
         """Say where the training is, and measure where that is due.
 
@@ -167,6 +168,7 @@ class Observer:
             step: optimizer steps behind the present weights; one more than the last time where it is not given.
             frames: environment frames so far, where they have changed.
             epoch: likewise.
+            batches: trained on so far; one more than the last time where it is not given.
 
         Returns:
             Whether rows were committed; in the background, whether they will be.
@@ -175,7 +177,7 @@ class Observer:
         clock.step = step if step is not None else clock.step + (clock.before is not None)
         clock.frames = clock.frames if frames is None else frames
         clock.epoch = clock.epoch if epoch is None else epoch
-        clock.batches += 1
+        clock.batches = clock.batches + 1 if batches is None else batches
         clock.seconds = self.meter.elapsed_s
         self._ticks.live["batch"] = batch if self._ticks.sources.wants("batch") else None
         self._ticks.take()
