@@ -146,8 +146,10 @@ class ObserverCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.observer is not None and self._restored is not None:
-            self.observer.load_state_dict(self._restored)
+        if self.observer is not None:
+            self.observer.optimizers[:] = trainer.optimizers
+            if self._restored is not None:
+                self.observer.load_state_dict(self._restored)
         self._batches = int(self._restored["clock"]["batches"]) if self._restored else 0
         self._restored = None
 

@@ -2,8 +2,9 @@
 
 from tdhook_train.latent.ablate import Ablate
 from tdhook_train.latent.activation_addition import ActivationAddition
+from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
 from tdhook_train.latent.ridge_probe import RidgeProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
 
-__all__ = ["Ablate", "ActivationAddition", "ActivationPatching", "RidgeProbe", "SteeringVectors"]
+__all__ = ["Ablate", "ActivationAddition", "ActivationCache", "ActivationPatching", "RidgeProbe", "SteeringVectors"]

@@ -92,7 +92,7 @@ class Observer:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.methods = rows_of(methods)
+        self.methods = rows_of(methods, none=bool(edits))
         if on_error not in ("raise", "warn", "skip"):
             raise SettingsError(f"on_error={on_error!r}{did_you_mean(on_error, ('raise', 'warn', 'skip'))}")
         if not isinstance(background, int) or background < 0:

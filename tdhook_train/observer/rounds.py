@@ -37,6 +37,7 @@ class Rounds:
         self._edits = edits
         self._waiting = waiting
         self._measured: dict[str, int] = {}  # the last step of each row
+        self._begun = False
         ticks.watched = agenda.watched
 
     def attach(self, subject: Subject) -> None:
@@ -103,7 +104,7 @@ class Rounds:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from these."""
-        self._measured = dict(state["measured"])
+        self._measured, self._begun = dict(state["measured"]), True
         self._edits.load_state_dict(state["edits"])
 
     def remember(self) -> None:
@@ -128,8 +129,9 @@ class Rounds:
             self._edits.write(name, subject, self.clock.now, source, self.optimizers)
 
     def _observed(self, model: nn.Module) -> Subject:
-        if not self.ticks.meter.ticks and not self._measured:
+        if not self._begun:
             self.ticks.recorder.refuse_going_back(self.clock.step)
+            self._begun = True
         if self.subject is None or self.subject.model is not model:
             self.attach(Subject(model))
         assert self.subject is not None

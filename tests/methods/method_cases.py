@@ -12,7 +12,14 @@ from torch import nn
 from tdhook_train import Method, attribution, health, latent
 from tdhook_train.attribution import IntegratedGradients, Saliency
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
-from tdhook_train.latent import Ablate, ActivationAddition, ActivationPatching, RidgeProbe, SteeringVectors
+from tdhook_train.latent import (
+    Ablate,
+    ActivationAddition,
+    ActivationCache,
+    ActivationPatching,
+    RidgeProbe,
+    SteeringVectors,
+)
 from tdhook_train.rl import AblatedReturn
 
 PUBLIC = [getattr(family, name) for family in (attribution, health, latent) for name in family.__all__]
@@ -63,6 +70,13 @@ CASES = (
         {"to": 0.0},
         {"units": [(), (-1,), (0.5,)], "to": ["mean", (None,)]},
         frozenset(),
+    ),
+    Case(
+        ActivationCache,
+        {"layers": ("0", "1"), "rows": 5},
+        {"rows": None},
+        {"rows": [0]},
+        frozenset({("activation", "0"), ("activation", "1")}),
     ),
     Case(
         SteeringVectors,
