@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tdhook_train.callbacks.batches import Inputs, as_tensordict, first_rows, in_keys
+from tdhook_train.callbacks.pictures import show
 from tdhook_train.callbacks.ranks import Ranks
 from tdhook_train.isolation import in_place
 from tdhook_train.method import Method
@@ -48,6 +49,8 @@ class ObserverCallback(Callback):
         groups: of a probe set, which rows belong together: a key of it or a tensor. Without, rows are independent.
         dirpath: folder of the run; by default ``tdhook/<name>`` in the trainer's ``log_dir``.
         log_metrics: tell the trainer's loggers the mean of each key, and put it into ``trainer.callback_metrics``.
+        report: write the report of the run, a page and a picture, at the end of the fit, and give the picture to the
+            loggers that take one; needs the ``plots`` extra.
         on_error: an error of a method stops the fit, warns, or is only recorded.
         name: of the run's folder and, with two of these callbacks, what tells their checkpoints apart.
         settings: further ones of :class:`~tdhook_train.observer.Observer`: ``budget``, ``seed``, ``edits``, …
@@ -71,6 +74,7 @@ class ObserverCallback(Callback):
         groups: str | Tensor | None = None,
         dirpath: str | os.PathLike[str] | None = None,
         log_metrics: bool = True,
+        report: bool = False,
         on_error: OnError = "raise",
         name: str = "observer",
         **settings: Any,
@@ -90,7 +94,7 @@ class ObserverCallback(Callback):
         self.name = name
         self.methods = dict(methods) if isinstance(methods, Mapping) else {name: methods}
         self.when = _trigger(every_n_train_steps, every_n_epochs, train_time_interval, when)
-        self.log_metrics = log_metrics
+        self.log_metrics, self.report = log_metrics, report
         self._on = (batch, dataloader, rows, groups)
         self._inputs = inputs
         self._dirpath = dirpath
@@ -180,6 +184,8 @@ class ObserverCallback(Callback):
                 with trainer.precision_plugin.forward_context():
                     self.observer.finish(step=trainer.global_step)
                 self._tell(trainer)
+                if self.report:
+                    self._show(trainer, self.observer)
         self._close()
 
     @override
@@ -226,6 +232,13 @@ class ObserverCallback(Callback):
         if self.log_metrics and self.observer is not None:
             found = {key: torch.tensor(value) for key, value in self.observer.scalars.items()}
             trainer.callback_metrics.update(found)
+
+    def _show(self, trainer: Trainer, observer: Observer) -> None:
+        from tdhook_train.plots import write_report  # brings plotly and matplotlib along
+
+        page = write_report(observer.buffer, observer.buffer.path, title=self.name)
+        for logger in trainer.loggers:
+            show(logger, self.name, page.with_suffix(".png"), trainer.global_step)
 
     # ------------------------------------------------------------------ checkpoints
 
