@@ -7,24 +7,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from tdhook_train.callbacks.batches import Inputs, as_tensordict, first_rows, in_keys
+from tdhook_train.callbacks.cadence import Moment, by_default, trigger
 from tdhook_train.callbacks.pictures import show
 from tdhook_train.callbacks.ranks import Ranks
+from tdhook_train.errors import did_you_mean
 from tdhook_train.isolation import in_place
 from tdhook_train.method import Method
 from tdhook_train.observer import Observer, ProbeSet
 from tdhook_train.observer.ticks import OnError
-from tdhook_train.schedule import At, Every, Trigger
+from tdhook_train.schedule import Trigger
 
 __all__ = ["ObserverCallback"]
 
@@ -41,6 +44,11 @@ class ObserverCallback(Callback):
         every_n_epochs: epochs between them, or
         train_time_interval: wall time between them, or
         when: any trigger of :mod:`tdhook_train.schedule`. By default step 0 and every 2 % of the fit.
+        at: measure after optimizer steps, or at the end of each validation of the fit (then there is no cadence to
+            give), on the last batch validated where no other is given.
+        weights: which ones: those that are trained, or the running average of a
+            :class:`~lightning.pytorch.callbacks.WeightAveraging` callback, under a run's name that ends in
+            ``-average``.
         batch: what to measure on, always the same; as the training has it. The batch in training, if None.
         dataloader: takes the first ``rows`` of it for this, before the fit.
         rows: of the probe set that a dataloader gives.
@@ -67,6 +75,8 @@ class ObserverCallback(Callback):
         every_n_epochs: int | None = None,
         train_time_interval: timedelta | None = None,
         when: Trigger | None = None,
+        at: Moment = "training",
+        weights: Literal["live", "average"] = "live",
         batch: Any = None,
         dataloader: Iterable[Any] | None = None,
         rows: int = 2048,
@@ -80,20 +90,19 @@ class ObserverCallback(Callback):
         **settings: Any,
     ) -> None:
         super().__init__()
-        cadences = {
-            "every_n_train_steps": every_n_train_steps,
-            "every_n_epochs": every_n_epochs,
-            "train_time_interval": train_time_interval,
-            "when": when,
-        }
-        given = [key for key, value in cadences.items() if value is not None]
-        if len(given) > 1:
-            raise MisconfigurationException(f"{type(self).__name__} takes one cadence, got {' and '.join(given)}")
+        _refuse_unknown(at=at, weights=weights)
         if batch is not None and dataloader is not None:
             raise MisconfigurationException(f"{type(self).__name__} takes a batch or a dataloader, not both")
-        self.name = name
+        self.name = name if weights == "live" else f"{name}-average"
+        self.at, self.weights = at, weights
         self.methods = dict(methods) if isinstance(methods, Mapping) else {name: methods}
-        self.when = _trigger(every_n_train_steps, every_n_epochs, train_time_interval, when)
+        self.when = trigger(
+            every_n_train_steps=every_n_train_steps,
+            every_n_epochs=every_n_epochs,
+            train_time_interval=train_time_interval,
+            when=when,
+            at=at,
+        )
         self.log_metrics, self.report = log_metrics, report
         self._on = (batch, dataloader, rows, groups)
         self._inputs = inputs
@@ -119,7 +128,7 @@ class ObserverCallback(Callback):
         self._begun = False
         if getattr(trainer, "fast_dev_run", 0):
             return
-        when = self.when or At(0) | _two_percent(trainer)
+        when = self.when or by_default(trainer)
         self._ranks = Ranks(trainer, when)
         self._fixed = self._settled(trainer, pl_module)
         if self._ranks.first:
@@ -158,10 +167,28 @@ class ObserverCallback(Callback):
         self._restored = None
 
     @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.at == "validation":
+            self._last = batch
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.at == "validation":
+            self._step(trainer, pl_module, self._last)
+
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._begun:
             self._begun = True
-            if trainer.global_step == 0:
+            if trainer.global_step == 0 and self.at == "training":
                 self._step(trainer, pl_module, batch)
 
     @override
@@ -169,11 +196,13 @@ class ObserverCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batches += 1
-        self._step(trainer, pl_module, batch)
+        if self.at == "training":
+            self._step(trainer, pl_module, batch)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step(trainer, pl_module, self._last, epoch=trainer.current_epoch + 1)
+        if self.at == "training":
+            self._step(trainer, pl_module, self._last, epoch=trainer.current_epoch + 1)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -221,11 +250,12 @@ class ObserverCallback(Callback):
     def _observe(self, trainer: Trainer, pl_module: LightningModule, td: TensorDictBase | None, epoch: int) -> None:
         if (observer := self.observer) is None:  # another process than the first
             return
+        model = pl_module if self.weights == "live" else _average(trainer)
         if observer.subject is None:
             known = td if self._fixed is None else self._fixed.td
-            observer.attach(pl_module, in_keys=in_keys(known, self._inputs))
+            observer.attach(model, in_keys=in_keys(known, self._inputs))
         with trainer.precision_plugin.forward_context():
-            if observer.step(pl_module, td, step=trainer.global_step, epoch=epoch, batches=self._batches):
+            if observer.step(model, td, step=trainer.global_step, epoch=epoch, batches=self._batches):
                 self._tell(trainer)
 
     def _tell(self, trainer: Trainer) -> None:
@@ -251,16 +281,21 @@ class ObserverCallback(Callback):
         self._restored = state_dict or None
 
 
-def _trigger(steps: int | None, epochs: int | None, interval: timedelta | None, when: Trigger | None) -> Trigger | None:
-    if steps is not None:
-        return At(0) | Every(optim_steps=steps)
-    if epochs is not None:
-        return At(0) | Every(epochs=epochs)
-    if interval is not None:
-        return At(0) | Every(seconds=interval.total_seconds())
-    return when
+def _refuse_unknown(**given: str) -> None:
+    known = {"at": ("training", "validation"), "weights": ("live", "average")}
+    for setting, value in given.items():
+        if value not in known[setting]:
+            raise MisconfigurationException(f"{setting}={value!r}{did_you_mean(str(value), known[setting])}")
 
 
-def _two_percent(trainer: Trainer) -> Trigger:
-    total = trainer.estimated_stepping_batches
-    return Every(fraction=0.02, total_steps=int(total)) if 0 < total < float("inf") else Every(optim_steps=100)
+def _average(trainer: Trainer) -> nn.Module:
+    """Return the module that holds the averaged weights.
+
+    Raises:
+        MisconfigurationException: no callback averages them.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for held in vars(callback).values():
+            if isinstance(held, AveragedModel):
+                return held.module
+    raise MisconfigurationException("weights='average' needs a callback that averages them, such as WeightAveraging")
