@@ -17,8 +17,8 @@ from tdhook_train.callbacks import AttributionCallback, HealthCallback, ProbeCal
 class Reader(pl.LightningModule):
     def __init__(self):
         super().__init__()
-        convolutions = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU()
-        self.net = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10))
+        looks = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten()
+        self.net = nn.Sequential(*looks, nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10))
 
     def forward(self, images):
         return self.net(images)
@@ -30,16 +30,16 @@ class Reader(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), 2e-3)
 
 
-def holes(td):  # in the shape of the digit: 0, 6 and 9 have one, 8 has two
+def holes(td):  # in the shapes of the digits
     return torch.tensor([1.0, 0, 0, 0, 0, 0, 1, 0, 2, 1])[td["target"]]
 
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/digits")
 pl.seed_everything(0, verbose=False)
-digits = load_digits()
-images = torch.tensor(digits.images, dtype=torch.float32).div(16)[:, None]
-data = TensorDataset(images, torch.tensor(digits.target))
+images, labels = map(torch.tensor, load_digits(return_X_y=True))
+data = TensorDataset(images.float().div(16).view(-1, 1, 8, 8), labels)
 fixed = {"batch": data[:500], "every_n_train_steps": 40}  # the same images at every measurement
+classes = [("output", number) for number in range(10)]
 callbacks = [
     ProbeCallback(["net.5", "net.6", "net.7"], target={"holes": holes}, dirpath=folder / "probe", **fixed),
     AttributionCallback(
@@ -51,12 +51,12 @@ trainer = pl.Trainer(max_epochs=6, accelerator="cpu", logger=False, enable_check
 trainer.fit(Reader(), DataLoader(data, batch_size=64, shuffle=True))
 
 with ArtifactBuffer.open(folder / "probe") as buffer:
-    probe = buffer["probe"].to_xarray()
-    for step, r2 in zip(probe.step.values, probe.r2.sel(layer="net.6").values[:, 0], strict=True):
-        print(f"step {step}: R² of the number of holes, before the last layer: {r2:.2f}")
+    r2 = buffer["probe"].to_xarray().r2.sel(layer="net.6", target="holes")
+    print(
+        "R² of the number of holes before the last layer:", dict(zip(r2.step.values, r2.values.round(2), strict=True))
+    )
 with ArtifactBuffer.open(folder / "attribution") as buffer:
     maps = buffer["attribution"].series(("attr", "input"))  # step, image, class, channel, height, width
-    images_, steps = buffer["attribution"].coords["batch"], buffer["attribution"].steps.tolist()
-    true = maps[:, torch.arange(100), data.tensors[1][images_]].sum((2, 3, 4))  # of the class that each image has
-    print("the true class gains from its image, in logits:", dict(zip(steps, true.mean(1).round(decimals=1).tolist())))
+    true = maps[:, torch.arange(100), labels[buffer["attribution"].coords["batch"]]].sum((2, 3, 4)).mean(1)
+    print("logits that the true class gains from its image:", [round(float(value), 1) for value in true])
 print(folder / "health" / "report.html")
