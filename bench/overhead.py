@@ -27,7 +27,7 @@ from tdhook_train import ArtifactBuffer, Observer, ProbeSet
 from tdhook_train.rl import ObservedLoss
 from tdhook_train.rl.demo import schedule
 
-FRAMES = {"PPO": 50_000, "SAC": 12_000, "DQN": 20_000}
+FRAMES = {"PPO": 50_000, "SAC": 6_000, "DQN": 12_000}
 STRETCHES = 10
 SIDES = ("bare", "foreground", "background")
 
@@ -74,7 +74,9 @@ def observed(training: Training, into: Path, *, background: bool) -> Observer:
     observer = Observer(training.methods, when=schedule(training.steps), into=into, on=probe_set, background=background)
     training.loss = ObservedLoss(training.loss, observer, training.optimizer)
     if background:
-        time.sleep(8)  # the process starts before anything is timed
+        for _ in range(2):  # the process starts, and is told what to measure, before anything is timed
+            time.sleep(5)
+            observer.state_dict()
     return observer
 
 

@@ -42,9 +42,7 @@ fixed = {"batch": data[:500], "every_n_train_steps": 40}  # the same images at e
 classes = [("output", number) for number in range(10)]
 callbacks = [
     ProbeCallback(["net.5", "net.6", "net.7"], target={"holes": holes}, dirpath=folder / "probe", **fixed),
-    AttributionCallback(
-        IntegratedGradients([("output", c) for c in range(10)], rows=100), dirpath=folder / "attribution", **fixed
-    ),
+    AttributionCallback(IntegratedGradients(classes, rows=100), dirpath=folder / "attribution", **fixed),
     HealthCallback("net.*", dirpath=folder / "health", report=True, **fixed),
 ]
 trainer = pl.Trainer(max_epochs=6, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=callbacks)
@@ -52,9 +50,7 @@ trainer.fit(Reader(), DataLoader(data, batch_size=64, shuffle=True))
 
 with ArtifactBuffer.open(folder / "probe") as buffer:
     r2 = buffer["probe"].to_xarray().r2.sel(layer="net.6", target="holes")
-    print(
-        "R² of the number of holes before the last layer:", dict(zip(r2.step.values, r2.values.round(2), strict=True))
-    )
+    print("R² of the number of holes before the last layer:", r2.values.round(2), "at steps", r2.step.values)
 with ArtifactBuffer.open(folder / "attribution") as buffer:
     maps = buffer["attribution"].series(("attr", "input"))  # step, image, class, channel, height, width
     true = maps[:, torch.arange(100), labels[buffer["attribution"].coords["batch"]]].sum((2, 3, 4)).mean(1)

@@ -38,7 +38,7 @@ observer = Observer(
     {"probe": RidgeProbe(layers="**", target={"speed": ("observation", 2)}, shifts=0), "health": EffectiveRank()},
     when=At(0) | Every(optim_steps=60),
     into=folder,
-    on={"first": ProbeSet.first(collector, frames=800), "now": "collected"},  # the same states, and those visited now
+    on={"first": ProbeSet.first(collector, frames=400), "now": "collected"},  # the same states, and those visited now
     overwrite=True,
 )
 loss = ObservedLoss(loss, observer, optimizer)  # the one line

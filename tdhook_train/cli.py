@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tdhook_train.errors import TdhookTrainError
+from tdhook_train.errors import KeyMissingError, TdhookTrainError
 
 __all__ = ["app", "main"]
 
@@ -60,6 +61,27 @@ def demo(
     typer.echo(report)
     if outcome.interrupted:
         raise typer.Exit(130)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run: what the observer was given as into=.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; the run's own by default.")] = None,
+) -> None:
+    """Write report.html and report.png of a run of your own, also while it is still training.
+
+    The last line printed is the report's path.
+
+    Example: tdhook-train report runs/mine
+    """
+    from tdhook_train.buffer import ArtifactBuffer
+    from tdhook_train.plots import score_table, write_report
+
+    with ArtifactBuffer.open(run, damaged="skip") as buffer:
+        path = write_report(buffer, run if out is None else out)
+        with suppress(KeyMissingError):  # a run without a probe has no scores
+            typer.echo(score_table(buffer))
+    typer.echo(path)
 
 
 def main() -> None:

@@ -5,72 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from tdhook_train.errors import KeyMissingError, NetworkError, PathError, SettingsError, did_you_mean
+from tdhook_train.errors import NetworkError, PathError, SettingsError, did_you_mean
 from tdhook_train.hooks import HookedModel
 from tdhook_train.hooks.paths import Selector, selectors, shown
-from tdhook_train.isolation import in_place
-from tdhook_train.keys import by_name, dotted, path_of
+from tdhook_train.hooks.sequences import handles_time
+from tdhook_train.isolation import LiveView
 from tdhook_train.ops.join import Labels, Measured, join, overlaid
 from tdhook_train.ops.targets import given_by, named, refuse_unknown
-from tdhook_train.schedule import Times
+from tdhook_train.seen import Part, Parts, Seen, inputs_below, look
 
 __all__ = ["Method", "Part", "Parts", "Prepared", "Seen", "inputs_below", "look"]
 
 
 _T = TypeVar("_T")
-
-
-@dataclass
-class Seen:
-    """Everything a method may know.
-
-    Args:
-        batch: inputs and outputs. An output stands at its own key, unless some network reads that key; either way it
-            also stands below its network's name where there are several.
-        values: what the sites that the method asked for gave out, by site.
-        groups: trajectory of each row, ``[n]``, or None.
-        ordered: whether the rows of each trajectory lie together and in the order of time.
-        generator: where a method's randomness comes from; seeded by (seed, step).
-        initial: the network at initialisation.
-        previous: this method's last row.
-        clock: the moment of the training.
-        names: labels of the features of a key, e.g. ``{"observation": ["x", "v"]}``.
-        memo: a place for what stays the same between ticks on one probe set; empty by hand. It never changes a
-            result.
-    """
-
-    batch: TensorDictBase
-    values: Mapping[str, Tensor] = field(default_factory=dict)
-    groups: Tensor | None = None
-    ordered: bool = False
-    generator: torch.Generator | None = None
-    initial: HookedModel | None = None
-    previous: TensorDictBase | None = None
-    clock: Times | None = None
-    names: Mapping[NestedKey, Sequence[str]] = field(default_factory=dict)
-    memo: dict[Any, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One network of a measurement: what was seen of it, and the model for methods that need passes of their own."""
-
-    seen: Seen
-    model: HookedModel
-
-    def told(self, **known: Any) -> Part:
-        """Return the part with further fields of :class:`Seen` filled in."""
-        return Part(replace(self.seen, **known), self.model)
-
-
-Parts = Mapping[str, Part]
 
 
 @dataclass(frozen=True)
@@ -88,6 +41,9 @@ class Method(ABC):
 
     writes: ClassVar[Mapping[str, str]] = {}
     """Dimensions of every artifact by the first name of its key: ``{"attr": "batch *feature"}``."""
+
+    shown: ClassVar[tuple[str, ...] | None] = None
+    """First names of the artifacts that loggers are told; all that make a line, if None."""
 
     legend: ClassVar[Mapping[str, Mapping[int, str]]] = {}
     """What the int8 codes of an artifact mean."""
@@ -228,52 +184,60 @@ class Method(ABC):
 class Prepared:
     """A method on a model: call it with a TensorDict.
 
-    Measured in evaluation mode, as an observer does; what the model was and held is put back.
+    Measured as an observer does: in evaluation mode, policies by their mode, memories step by step; what the model
+    was and held is put back.
     """
 
     def __init__(self, method: Method, model: HookedModel) -> None:
         self.method = method
         self.model = model
+        self._over_time: dict[tuple[int, ...], bool] = {}  # whether the model handles time in batches of a shape
 
     def __call__(self, td: TensorDictBase, **known: Any) -> TensorDictBase:
-        """Return a copy of ``td`` with outputs and artifacts; ``known`` fills further fields of :class:`Seen`."""
-        with in_place(self.model.module, seed=0):
-            self.model.trace(inputs_below(td, self.method.reads[0], self.model) if self.method.reads else td)
-            values, outputs = self._look(td)
-            seen = replace(Seen(overlaid(td, {"": outputs}, "", self.model.in_keys), values), **known)
+        """Return a copy of ``td`` with outputs and artifacts; ``known`` fills further fields of :class:`Seen`.
+
+        A batch of several dimensions (``[environments, time]``) is measured row by row, as an observer does, whole
+        sequences where the network handles time; what has a value for each row comes back in the batch's shape.
+
+        Raises:
+            SettingsError: no rows.
+        """
+        self.model.refuse_bare(td)
+        if 0 in td.batch_size or (self._by_row and not td.batch_dims):
+            name, given = type(self.method).__name__, list(td.batch_size)
+            raise SettingsError(f"{name} measures rows, but the TensorDict has batch_size={given}")
+        rows = td.reshape(-1) if self._by_row else td
+        with LiveView(self.model.module).open(seed=0):
+            self._arrange(rows, tuple(td.batch_size))
+            self.model.trace(inputs_below(td, self.method.reads[0], self.model) if self.method.reads else rows)
+            values, outputs = self._look(rows)
+            seen = replace(Seen(overlaid(rows, {"": outputs}, "", self.model.in_keys), values), **known)
             artifacts = self.method.measure(seen, self.model)
         shared = dict(artifacts.items(include_nested=True, leaves_only=True))
+        if td.batch_dims > 1 and self._by_row:
+            of_rows = [key for key, value in shared.items() if self._has_rows(key, value, rows)]
+            shared |= {key: shared[key].unflatten(0, td.batch_size) for key in of_rows}
         batched = all(v.shape[: td.batch_dims] == td.batch_size for v in shared.values())
-        out = seen.batch if batched else TensorDict(dict(seen.batch.items()), batch_size=[])
-        return out.update(outputs).update(TensorDict(shared, batch_size=out.batch_size))
+        whole = seen.batch.reshape(td.batch_size)
+        out = whole if batched else TensorDict(dict(whole.items()), batch_size=[])
+        return out.update(outputs.reshape(td.batch_size)).update(TensorDict(shared, batch_size=out.batch_size))
+
+    @property
+    def _by_row(self) -> bool:
+        return bool(self.method.writes) and not self.method.reads
+
+    def _arrange(self, rows: TensorDictBase, shape: tuple[int, ...]) -> None:
+        if self._by_row and len(shape) > 1 and shape not in self._over_time:
+            self._over_time[shape] = handles_time(self.model, rows, shape)
+        self.model.sequences = shape if self._over_time.get(shape) else None
+
+    def _has_rows(self, key: NestedKey, value: Tensor, rows: TensorDictBase) -> bool:
+        return self.method.dims(key, value.ndim)[:1] == ("batch",) and len(value) == len(rows)
 
     def _look(self, td: TensorDictBase) -> tuple[Mapping[str, Tensor], TensorDictBase]:
         if self.method.reads and not all(key in td.keys(include_nested=True) for key in self.model.in_keys):
             return {}, TensorDict({}, batch_size=td.batch_size)
         return look(self.model, td, self.model.sites(self.method.taps(self.model)))
-
-
-def inputs_below(td: TensorDictBase, prefix: str, model: HookedModel) -> TensorDict:
-    """Return a model's inputs from below a prefix: ``("positive", key)`` under ``key``.
-
-    Raises:
-        KeyMissingError: one is absent; names the nearest keys.
-    """
-    found: dict[NestedKey, Any] = {}
-    for key in model.in_keys:
-        path = (prefix, *path_of(key))
-        if path not in td.keys(include_nested=True):
-            raise KeyMissingError(f"{path!r} is not in the batch{did_you_mean(dotted(path), by_name(td))}")
-        found[key] = td.get(path)
-    return TensorDict(found, batch_size=td.batch_size)
-
-
-def look(model: HookedModel, batch: TensorDictBase, sites: Sequence[str]) -> tuple[dict[str, Tensor], TensorDictBase]:
-    """Run one pass that only reads: the values at the sites, and the outputs."""
-    with model.run(batch) as run:
-        proxies = {site: run.get(site) for site in sites}
-    values = {site: proxy.resolve() for site, proxy in proxies.items()}
-    return values, run.output.select(*model.out_keys, strict=False)
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -77,8 +77,13 @@ def devices_of(modules: Iterable[nn.Module]) -> set[torch.device]:
 
 
 @contextmanager
-def kept_rng(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Put the random states of the CPU and of these devices back on the way out, but in :func:`leave_rng`."""
+def kept_rng(devices: Iterable[torch.device], seed: int | None = None) -> Iterator[None]:
+    """Put the random states of the CPU and of these devices back on the way out, but in :func:`leave_rng`.
+
+    Args:
+        devices: beside the CPU.
+        seed: of all of them, meanwhile; None leaves them as they are.
+    """
     if getattr(_here, "left", False):
         yield
         return
@@ -86,6 +91,13 @@ def kept_rng(devices: Iterable[torch.device]) -> Iterator[None]:
     before = torch.default_generator.get_state()
     others = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
     try:
+        if seed is not None:
+            # not torch.manual_seed, which seeds every GPU of the machine, also those whose state is not kept here
+            torch.default_generator.manual_seed(seed)
+            for device, _ in others:
+                backend = torch.get_device_module(device)
+                with getattr(backend, "device", nullcontext)(device):
+                    backend.manual_seed(seed)
         yield
     finally:
         torch.default_generator.set_state(before)
@@ -107,7 +119,8 @@ def leave_rng() -> Iterator[None]:
 def kept_randomness(seed: int | None = None) -> Iterator[None]:
     """Put every global random state back on the way out: Python's, NumPy's, torch's on the CPU and on GPUs in use.
 
-    For whoever runs code of somebody else's that may draw from any of them, such as an environment.
+    For whoever runs code of somebody else's that may draw from any of them, such as an environment. Not beside other
+    threads, whose draws would be taken back as well.
 
     Args:
         seed: of all of them, meanwhile; None leaves them as they are.
@@ -115,13 +128,10 @@ def kept_randomness(seed: int | None = None) -> Iterator[None]:
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with kept_rng([torch.device("cuda", index) for index in gpus]):
+        with kept_rng([torch.device("cuda", index) for index in gpus], seed):
             if seed is not None:
                 random.seed(seed)
                 np.random.seed(seed % 2**32)
-                torch.default_generator.manual_seed(seed)  # not torch.manual_seed: it marks GPUs that are not in use
-                if gpus:
-                    torch.cuda.manual_seed_all(seed)
             yield
     finally:
         random.setstate(python)

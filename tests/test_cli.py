@@ -14,9 +14,12 @@ import torch
 from tensordict import TensorDict
 from typer.testing import CliRunner
 
-from tdhook_train import ArtifactBuffer
+from tdhook_train import ArtifactBuffer, At, Observer, ProbeSet
 from tdhook_train.cli import app, main
 from tdhook_train.errors import EnvironmentNameError, MissingPackageError, RunExistsError, SettingsError
+from tdhook_train.health import DormantUnits
+from tdhook_train.latent import RidgeProbe
+from tdhook_train.plots import write_report
 from tdhook_train.rl.demo import Demo
 from tdhook_train.rl.ppo import Ppo, make_env
 
@@ -151,6 +154,22 @@ def test_errors_of_ours_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
         main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("error: no environment 'CartPole-v17'")
+
+
+def test_the_report_of_a_run_of_ones_own(tmp_path: Path) -> None:
+    for name, target in (("probed", "y"), ("healthy", None)):
+        methods = {"m": DormantUnits() if target is None else RidgeProbe(target=target)}
+        x = torch.randn(40, 3)
+        batch = TensorDict(input=x, y=x[:, 0], batch_size=[40])
+        with Observer(methods, when=At(0), into=tmp_path / name, on=ProbeSet(batch, groups="rows")) as observer:
+            observer.step(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()), step=0)
+            shown = CliRunner().invoke(app, ["report", str(tmp_path / name)])  # while it is open
+        assert shown.exit_code == 0, shown.output
+        assert shown.output.splitlines()[-1] == str(tmp_path / name / "report.html")
+        assert ("R² of a linear probe" in shown.output) == (target is not None)
+    CliRunner().invoke(app, ["report", str(tmp_path / name), "--out", str(tmp_path / "elsewhere")])
+    picture = (tmp_path / "elsewhere" / "report.png").read_bytes()
+    assert write_report(tmp_path / name, tmp_path / "again").with_suffix(".png").read_bytes() == picture
 
 
 def test_help_shows_an_example() -> None:

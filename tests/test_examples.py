@@ -40,8 +40,7 @@ def test_sac_both_critics(tmp_path: Path) -> None:
     out = [line for line in ran("sac_both_critics", str(tmp_path)) if line.startswith("health.")]
     names = ["actor_network", *(f"{p}qvalue_network.{i}" for p in ("", "target_") for i in range(2))]
     assert out[1] == f"health.now {' '.join(names)} at steps [  0  60 120 180 240 300]"
-    first = ArtifactBuffer.open(tmp_path)["health.first"]  # whose states were collected by the second batch
-    assert first.steps.tolist() == [60, 120, 180, 240, 300]
+    assert ArtifactBuffer.open(tmp_path)["health.first"].steps.tolist() == [0, 60, 120, 180, 240, 300]
 
 
 def test_return_under_ablation(tmp_path: Path) -> None:
@@ -77,6 +76,21 @@ def test_multi_agent_ppo(tmp_path: Path) -> None:
         assert not rests[:, :, agent, 1 - agent].any()
 
 
+def test_live_edits(tmp_path: Path) -> None:
+    out = ran("live_edits", str(tmp_path))
+    returns = {int(line[5:].split(":")[0]): int(line.split()[-1]) for line in out if line.startswith("step ")}
+    assert list(returns) == list(range(0, 160, 10))
+    # the batch at step 90 is the first that was collected in the span, the one at step 120 the last
+    assert 2 * max(returns[step] for step in range(90, 130, 10)) < max(returns[step] for step in range(0, 90, 10))
+    buffer = ArtifactBuffer.open(tmp_path)
+    assert buffer["lesion"].steps.tolist() == [80, 120]
+    assert {"at step 80: lesion begins", "at step 120: lesion ends"} < set(out)
+    dormant = buffer["health"].series("dormant").flatten(1).amax(1) > 0.3
+    crossed = [i for i in range(len(dormant)) if dormant[i] and not (i and dormant[i - 1])]
+    assert crossed
+    assert buffer["redo"].steps.tolist() == buffer["health"].steps[crossed].tolist()
+
+
 def test_inside_a_model() -> None:
     logits = {
         line.split(":")[0].strip(): json.loads(line.split(":", 1)[1])
@@ -95,3 +109,20 @@ def test_ppo_live_probing(tmp_path: Path) -> None:
     buffer = ArtifactBuffer.open(tmp_path / "run")
     assert buffer["probe"].steps.tolist() == [0, 100, 200, 300, 320]
     assert buffer["attribution"].coords["actor_network.target"] == ["loc"]
+
+
+def test_lightning_digits(tmp_path: Path) -> None:
+    out = ran("lightning_digits", str(tmp_path))
+    with ArtifactBuffer.open(tmp_path / "probe") as buffer:
+        r2 = buffer["probe"].to_xarray().r2.sel(layer="net.6", target="holes").values
+        assert buffer["probe"].steps.tolist() == [0, 40, 80, 120, 160, 174]
+    assert r2[-1] > r2[0] + 0.1  # it learns what the shapes have
+    assert out[-1] == str(tmp_path / "health" / "report.html")
+
+
+def test_fabric_loop(tmp_path: Path) -> None:
+    out = [line for line in ran("fabric_loop", str(tmp_path)) if line.startswith("step ")]
+    r2 = ArtifactBuffer.open(tmp_path)["probe"].to_xarray().r2.sel(target="product")
+    assert [line.split(":")[0] for line in out] == [f"step {step}" for step in (0, 100, 200, 300, 400)]
+    assert float(r2.sel(step=400, layer="3")) > 0.8  # the hidden layers come to know the product
+    assert float(r2.sel(step=400, layer="0")) < 0.2  # which is nothing linear

@@ -7,6 +7,7 @@ from tdhook_train.callbacks.health_callback import HealthCallback
 from tdhook_train.callbacks.observer_callback import ObserverCallback
 from tdhook_train.callbacks.patching_callback import PatchingCallback
 from tdhook_train.callbacks.probe_callback import ProbeCallback
+from tdhook_train.callbacks.similarity_callback import SimilarityCallback
 
 __all__ = [
     "ActivationCallback",
@@ -16,4 +17,5 @@ __all__ = [
     "ObserverCallback",
     "PatchingCallback",
     "ProbeCallback",
+    "SimilarityCallback",
 ]

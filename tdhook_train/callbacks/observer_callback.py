@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -28,6 +28,7 @@ from tdhook_train.method import Method
 from tdhook_train.observer import Observer, ProbeSet
 from tdhook_train.observer.ticks import OnError
 from tdhook_train.schedule import Trigger
+from tdhook_train.undo import Undo
 
 __all__ = ["ObserverCallback"]
 
@@ -112,6 +113,8 @@ class ObserverCallback(Callback):
         self._fixed: ProbeSet | None = None
         self._ranks: Ranks | None = None  # none outside a fit
         self._restored: dict[str, Any] | None = None
+        self._state: dict[str, Any] | None = None  # of the last fit
+        self._goes_on = False
         self._last: Any = None  # batch of the training
         self._batches = 0  # trained on
         self._begun = False
@@ -128,19 +131,10 @@ class ObserverCallback(Callback):
         self._begun = False
         if getattr(trainer, "fast_dev_run", 0):
             return
-        when = self.when or by_default(trainer)
-        self._ranks = Ranks(trainer, when)
+        self._ranks = Ranks(trainer, self.when or by_default(trainer))
         self._fixed = self._settled(trainer, pl_module)
         if self._ranks.first:
-            self.observer = Observer(
-                self.methods,
-                when=when,
-                into=self._folder(trainer),
-                on=self._fixed or "batch",
-                loggers=list(trainer.loggers) if self.log_metrics else (),
-                resume=self.observer is not None or self._restored is not None,
-                **self._settings,
-            )
+            self._goes_on = self._restored is not None or self._state is not None
 
     def _settled(self, trainer: Trainer, pl_module: LightningModule) -> ProbeSet | None:
         batch, dataloader, rows, groups = self._on
@@ -159,12 +153,7 @@ class ObserverCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.observer is not None:
-            self.observer.optimizers[:] = trainer.optimizers
-            if self._restored is not None:
-                self.observer.load_state_dict(self._restored)
         self._batches = int(self._restored["clock"]["batches"]) if self._restored else 0
-        self._restored = None
 
     @override
     def on_validation_batch_end(
@@ -221,7 +210,7 @@ class ObserverCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.observer is not None:
             self.observer.__exit__(type(exception), exception, exception.__traceback__)
-        self._last = self._ranks = None
+        self._last = self._ranks = self.observer = None
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -229,8 +218,9 @@ class ObserverCallback(Callback):
 
     def _close(self) -> None:
         if self.observer is not None:
+            self._state = self.observer.state_dict()
             self.observer.close()
-        self._last = self._ranks = None
+        self._last = self._ranks = self.observer = None
 
     # ------------------------------------------------------------------ a moment
 
@@ -248,15 +238,39 @@ class ObserverCallback(Callback):
             self._observe(trainer, pl_module, td if td is None else ranks.whole(td), epoch)
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule, td: TensorDictBase | None, epoch: int) -> None:
-        if (observer := self.observer) is None:  # another process than the first
+        if not trainer.is_global_zero:
             return
         model = pl_module if self.weights == "live" else _average(trainer)
-        if observer.subject is None:
+        if self.observer is None:
             known = td if self._fixed is None else self._fixed.td
-            observer.attach(model, in_keys=in_keys(known, self._inputs))
+            self.observer = self._opened(trainer, model, cast(TensorDictBase, known))
         with trainer.precision_plugin.forward_context():
-            if observer.step(model, td, step=trainer.global_step, epoch=epoch, batches=self._batches):
+            if self.observer.step(model, td, step=trainer.global_step, epoch=epoch, batches=self._batches):
                 self._tell(trainer)
+
+    def methods_for(self, batch: TensorDictBase) -> Mapping[str, Method | Sequence[Method]]:  # noqa: ARG002
+        """Say what to measure, once it is known on what."""
+        return self.methods
+
+    def _opened(self, trainer: Trainer, model: nn.Module, batch: TensorDictBase) -> Observer:
+        observer = Observer(
+            self.methods_for(batch),
+            when=cast(Ranks, self._ranks).when,
+            into=self._folder(trainer),
+            on=self._fixed or "batch",
+            loggers=list(trainer.loggers) if self.log_metrics else (),
+            resume=self._goes_on,
+            **self._settings,
+        )
+        with Undo() as undo:
+            undo.callback(observer.close)
+            observer.optimizers[:] = trainer.optimizers
+            observer.attach(model, in_keys=in_keys(batch, self._inputs))
+            if self._restored is not None:
+                observer.load_state_dict(self._restored)
+                self._restored = None
+            undo.pop_all()
+        return observer
 
     def _tell(self, trainer: Trainer) -> None:
         if self.log_metrics and self.observer is not None:
@@ -274,7 +288,7 @@ class ObserverCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.observer is None or self.observer.subject is None else self.observer.state_dict()
+        return self._state or {} if self.observer is None else self.observer.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

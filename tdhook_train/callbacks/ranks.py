@@ -40,7 +40,7 @@ class Ranks:
                 f"{name} spreads weights over processes, none of which has the whole model to measure; "
                 "use DDP, or measure checkpoints after the fit"
             )
-        self._when = when
+        self.when = when
         self._clock, self._began = Clock(), time.monotonic()
         self._world = trainer.world_size
         self.several = self._world > 1
@@ -54,9 +54,9 @@ class Ranks:
         begins = clock.before is None
         clock.step, clock.epoch, clock.batches = step, epoch, batches
         clock.seconds = time.monotonic() - self._began
-        due = self._when.due(clock)
+        due = self.when.due(clock)
         clock.asked()
-        return begins or (due if self._when.everywhere else bool(self._strategy.broadcast(due)))
+        return begins or (due if self.when.everywhere else bool(self._strategy.broadcast(due)))
 
     def whole(self, part: TensorDictBase) -> TensorDictBase:
         """Put the parts of a batch together in the order of one process: rows are dealt out in turn."""

@@ -54,7 +54,11 @@ class DeadUnits(Method):
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Judge every unit."""
-        dead = [self._dead(seen.values[site], model.module_of(site)).float() for site in self.taps(model)]
+        dead = []
+        for site in self.taps(model):
+            value = seen.values[site]
+            rows = as_rows(value, model.unit_axis(site, value))
+            dead.append(self._dead(rows, model.module_of(site)).float())
         values = {
             "dead": torch.stack([units.mean() for units in dead]),
             "dead_unit": padded(dead),
@@ -62,8 +66,7 @@ class DeadUnits(Method):
         }
         return TensorDict(values, batch_size=[])
 
-    def _dead(self, value: Tensor, module: nn.Module) -> Tensor:
-        rows = as_rows(value)
+    def _dead(self, rows: Tensor, module: nn.Module) -> Tensor:
         if isinstance(module, _SATURATING):
             return (rows - rows.mean(0)).square_().mean(0).sqrt() < self.min_std
         return rows.abs().amax(0) == 0

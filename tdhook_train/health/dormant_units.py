@@ -57,6 +57,7 @@ class DormantUnits(Method):
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Score every unit."""
-        scores = [dormancy(seen.values[site]) for site in self.taps(model)]
+        values = {site: seen.values[site] for site in self.taps(model)}
+        scores = [dormancy(value, model.unit_axis(site, value)) for site, value in values.items()]
         shares = [torch.stack([(score <= tau).float().mean() for tau in self.taus]) for score in scores]
         return TensorDict({"dormant": torch.stack(shares), "dormancy": padded(scores)}, batch_size=[])

@@ -46,7 +46,8 @@ class EffectiveRank(Method):
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Take the entropy of the singular values of every layer, layers of one width together."""
-        values = [as_rows(seen.values[site]) for site in self.taps(model)]
+        seen_at = {site: seen.values[site] for site in self.taps(model)}
+        values = [as_rows(value, model.unit_axis(site, value)) for site, value in seen_at.items()]
         raw, centred = torch.empty(len(values), dtype=torch.float64), torch.empty(len(values), dtype=torch.float64)
         for width in {value.shape[1] for value in values}:
             index = [i for i, value in enumerate(values) if value.shape[1] == width]

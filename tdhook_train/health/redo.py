@@ -103,8 +103,12 @@ class ReDo(Rewrite):
     def _scores(self, seen: Seen, model: HookedModel) -> list[Tensor]:
         layers = self._layers(seen, model)
         values = look(model, seen.batch, [site for layer in layers for site in (layer.made_by, layer.site)])[0]
-        # flattened or not, the values stand in one order
-        return [dormancy(values[layer.site].reshape(values[layer.made_by].shape)) for layer in layers]
+        scores = []
+        for layer in layers:
+            made = values[layer.made_by]
+            active = values[layer.site].reshape(made.shape)  # flattened or not, the values stand in one order
+            scores.append(dormancy(active, model.unit_axis(layer.made_by, made)))
+        return scores
 
     def _layers(self, seen: Seen, model: HookedModel) -> list[_Layer]:
         known = ("layers", model.name)

@@ -7,16 +7,20 @@ many agents they have, and along which dimension, so that TorchRL need not be im
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 
+import torch
+from tensordict import is_tensor_collection
 from torch import Tensor, nn
 
 from tdhook_train.errors import PathError
 from tdhook_train.hooks.members import Members
 from tdhook_train.hooks.paths import Site
 
-__all__ = ["Agents", "agent_of", "one_of", "with_one", "without_agent"]
+__all__ = ["Agents", "Surroundings", "agent_of", "one_of", "with_one", "without_agent"]
 
 _ITEM = re.compile(r"agent (\d+)")
 
@@ -35,8 +39,14 @@ def without_agent(items: Items) -> Items:
     return items if agent_of(items) is None else items[:-1]
 
 
-def one_of(value: Tensor, site: Site, batch: tuple[int, ...]) -> Tensor:
+def one_of(value: Tensor, site: Site, batch: tuple[int, ...], members: int = 0) -> Tensor:
     """Return the part of a value that belongs to the agent that a site names; all of it where it names none.
+
+    Args:
+        value: with everything that vmap hides in sight.
+        site: may name an agent.
+        batch: its size.
+        members: dimensions of an ensemble between the batch and the agents.
 
     Raises:
         PathError: the value has no such agent.
@@ -44,15 +54,15 @@ def one_of(value: Tensor, site: Site, batch: tuple[int, ...]) -> Tensor:
     agent = agent_of(site.items)
     if agent is None:
         return value
-    axis = _axis(value, batch)
+    axis = _axis(value, batch) + members
     if value.ndim < axis + 2 or not agent < value.shape[axis]:
         raise PathError(f"{str(site)!r} names no agent: the value has shape {tuple(value.shape)}, the batch {batch}")
     return value.select(axis, agent)
 
 
-def with_one(value: Tensor, new: Tensor, site: Site, batch: tuple[int, ...]) -> Tensor:
+def with_one(value: Tensor, new: Tensor, site: Site, batch: tuple[int, ...], members: int = 0) -> Tensor:
     """Return a value with the part of the site's agent replaced, in each copy where ``new`` carries copies in front."""
-    agent, axis = agent_of(site.items), _axis(value, batch)
+    agent, axis = agent_of(site.items), _axis(value, batch) + members
     if agent is None:
         return new
     if new.ndim == value.ndim:
@@ -64,11 +74,36 @@ def _axis(value: Tensor, batch: tuple[int, ...]) -> int:
     return len(batch) if tuple(value.shape[: len(batch)]) == batch else 0  # vmap hides the batch: agents in front
 
 
+class Surroundings(threading.local):
+    """What stands before the agents in a live model's values, as its modules are called: each thread on its own.
+
+    A multi-agent network says by its input where the agents begin, a TensorDictModule by the batch size.
+    """
+
+    batch: tuple[int, ...] = ()
+    level = 0  # how deep in vmap the caller is, as a loss is for an ensemble; the agents' own vmap lies deeper
+
+    def meet(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Take note of a call, as a forward pre-hook."""
+        first: Any = args[0] if args else None
+        if is_tensor_collection(first):
+            self.batch = tuple(first.batch_size)
+        elif isinstance(first, Tensor) and _has_agents(module):
+            self.batch = tuple(first.shape[: module.agent_dim])
+        else:
+            return
+        self.level = torch._C._functorch.maybe_current_level() or 0
+
+
+def _has_agents(net: nn.Module) -> bool:
+    return isinstance(getattr(net, "n_agents", None), int) and isinstance(getattr(net, "agent_dim", None), int)
+
+
 class Agents:
     """The agents of the multi-agent networks in a model."""
 
     def __init__(self, modules: Iterable[nn.Module], batch: tuple[int, ...]) -> None:
-        nets = [net for net in modules if isinstance(getattr(net, "n_agents", None), int) and hasattr(net, "agent_dim")]
+        nets = [net for net in modules if _has_agents(net)]
         self._inside = {part: int(net.n_agents) for net in nets for part in net.modules()}  # type: ignore[arg-type]
         self._counts = set(self._inside.values())
         self._batch = batch

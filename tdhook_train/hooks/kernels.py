@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng
 
-__all__ = ["layer_by_layer", "untouched"]
+__all__ = ["layer_by_layer", "unfused", "untouched"]
 
 
 def _eager(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
@@ -39,6 +41,42 @@ def layer_by_layer(*, attends: bool, recurs: bool) -> Iterator[None]:
         finally:
             if fast:
                 torch.backends.mha.set_fastpath_enabled(True)
+
+
+class _Shared:
+    """A change of the whole process for blocks that end in any order: the first makes it, the last takes it back."""
+
+    def __init__(self, change: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._change = change
+        self._lock = threading.RLock()  # a block that is forgotten may end while garbage is collected, inside another
+        self._holders = 0
+        self._undo = ExitStack()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the change."""
+        with self._lock:
+            if not self._holders:
+                self._undo.enter_context(self._change())
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if not self._holders:
+                    self._undo.close()
+
+
+_eager_everywhere = _Shared(partial(torch.compiler.set_stance, "force_eager"))
+_attends_everywhere = _Shared(partial(layer_by_layer, attends=True, recurs=False))
+
+
+@contextmanager
+def unfused(*, attends: bool) -> Iterator[None]:
+    """Run everything eagerly and, if ``attends``, without fused attention, until the last of several blocks ends."""
+    with _eager_everywhere.held(), _attends_everywhere.held() if attends else nullcontext():
+        yield
 
 
 @contextmanager

@@ -46,6 +46,10 @@ class Members:
         members = [left.pop(dim) for dim in self.dims]
         return (*left[: self.lead], *members, *left[self.lead :])
 
+    def outside(self, level: int) -> int:
+        """Count those of the members that are hidden at this level already."""
+        return sum(one <= level for one in self.levels)
+
     def seen(self, raw: Tensor) -> Tensor:
         """Bring the members of a raw tensor behind its batch."""
         return raw.permute(self._order())

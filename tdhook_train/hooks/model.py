@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -13,16 +13,17 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdhook_train.errors import KeyMissingError, PathError, SettingsError, did_you_mean
+from tdhook_train.hooks.edited import edited
 from tdhook_train.hooks.items import tensor_items
 from tdhook_train.hooks.kernels import layer_by_layer
+from tdhook_train.hooks.layout import laid_out_by, unit_axis
 from tdhook_train.hooks.paths import Selection, Selector, chooser, is_pattern, module_at, parse, selectors, shown, walk
-from tdhook_train.hooks.place import place, refuse_ignored, setters_at
 from tdhook_train.hooks.run import Run
 from tdhook_train.hooks.sequences import refuse_part
 from tdhook_train.hooks.trace import TracedSite, select, trace
 from tdhook_train.hooks.unwrap import inputs_of, unwrapped
 from tdhook_train.keys import dotted, path_of
-from tdhook_train.undo import Undo, parts_of
+from tdhook_train.undo import parts_of
 
 __all__ = ["HookedModel"]
 
@@ -82,6 +83,12 @@ class HookedModel:
         """Run the model: the inputs, untouched, and beside them the outputs."""
         return self.forward(inputs)
 
+    def on(self, module: nn.Module) -> HookedModel:
+        """Return another module of the same structure as a function of the same TensorDicts."""
+        twin = HookedModel(module, self._keywords or self.in_keys, self.out_keys, name=self.name)
+        twin.sequences = self.sequences
+        return twin
+
     def run(self, inputs: TensorDictBase) -> Run:
         """Describe one pass in a ``with`` block: see :class:`Run`."""
         return Run(self, inputs)
@@ -94,9 +101,7 @@ class HookedModel:
             batched: False where the outputs will not have the batch size of the inputs.
             lend: copy an input only when the model writes to it; for passes that nothing is kept of.
         """
-        if not isinstance(inputs, TensorDictBase):
-            example = f"TensorDict({self.in_keys[0]}=x, batch_size=[len(x)])"
-            raise SettingsError(f"{self.title} takes a TensorDict, e.g. {example}; got {type(inputs).__name__}")
+        self.refuse_bare(inputs)
         if self.sequences is not None and tuple(inputs.batch_size) != self.sequences:
             refuse_part(self.title, self.sequences, inputs.numel(), whole=batched)
             whole = self.forward(inputs.reshape(self.sequences), lend=lend)
@@ -115,6 +120,16 @@ class HookedModel:
             if td.get(key, None) is value:  # what the module itself put there stays
                 td.set(key, inputs.get(key))
         return td
+
+    def refuse_bare(self, inputs: Any) -> None:
+        """Refuse what is no TensorDict.
+
+        Raises:
+            SettingsError: says how to make one.
+        """
+        if not isinstance(inputs, TensorDictBase):
+            example = f"TensorDict({self.in_keys[0]}=x, batch_size=[len(x)])"
+            raise SettingsError(f"{self.title} takes a TensorDict, e.g. {example}; got {type(inputs).__name__}")
 
     def _refuse_missing(self, given: Mapping[NestedKey, Any], inputs: TensorDictBase) -> None:
         for key, value in given.items():
@@ -155,32 +170,24 @@ class HookedModel:
         return td
 
     @contextmanager
-    def edited(self, edits: Mapping[Selector, Any]) -> Iterator[None]:
+    def edited(
+        self, edits: Mapping[Selector, Any], *, off: Callable[[], bool] | None = None, but: Collection[nn.Module] = ()
+    ) -> Iterator[None]:
         """Keep settings on the model as long as the block lasts, for whoever calls it, by whatever way.
 
-        Every call of the modules is changed. A compiled model runs eagerly meanwhile.
+        Every call of the modules is changed. A compiled model runs eagerly meanwhile. Blocks may end in any order.
 
         Args:
             edits: a tensor or a function of the output, by path, pattern, class or predicate.
+            off: asked at every call, whether to leave that one as it is.
+            but: modules that are left alone.
 
         Raises:
             PathError: a selector names no module.
             SetterError: at the end of a block in which the model ran, an edit whose module never did.
         """
-        placed = {selector: setters_at(self, selector, value, call="all") for selector, value in edits.items()}
-        ran: set[bool] = set()
-        with Undo() as undo:
-            handles = undo.hooks()
-            if edits:
-                undo.enter_context(torch.compiler.set_stance("force_eager"))  # also of what was compiled around it
-                undo.enter_context(layer_by_layer(attends=self._fused[0], recurs=False))
-                handles.append(self.module.register_forward_pre_hook(lambda *_: ran.add(True)))
-            for module, setter in (pair for pairs in placed.values() for pair in pairs):
-                handles.append(place(module, "output", [setter]))
+        with edited(self, edits, off=off, but=but, attends=self._fused[0]):
             yield
-        for selector, pairs in placed.items():
-            if ran:
-                refuse_ignored(selector, [setter for _, setter in pairs])
 
     # ------------------------------------------------------------------ names
 
@@ -274,6 +281,10 @@ class HookedModel:
     def row_axis(self, site: str) -> int:
         """Say along which dimension of a site's value the rows of the batch lie: hidden states have layers in front."""
         return int(isinstance(self.module_of(site), nn.RNNBase) and parse(site).items[:1] == (1,))
+
+    def unit_axis(self, site: str, value: Tensor) -> int:
+        """Say along which dimension of a site's value its units lie: see :func:`.layout.unit_axis`."""
+        return unit_axis(value, laid_out_by(self.module, self.module_of(site)))
 
     def device(self) -> torch.device:
         """Return where the model's first parameter or buffer lies (the CPU where it has none)."""

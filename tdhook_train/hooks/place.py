@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,14 @@ from tdhook_train.hooks.tap import Setter, Steps, Stop, Tap, Turn
 if TYPE_CHECKING:
     from tdhook_train.hooks.model import HookedModel
 
-__all__ = ["place", "refuse_ignored", "refuse_unreached", "setters_at"]
+__all__ = ["ForEach", "Held", "place", "refuse_ignored", "refuse_unreached", "setters_at"]
+
+
+@dataclass(frozen=True)
+class ForEach:
+    """A setting that differs from module to module: ``make(site, module)`` gives the tensor or function of each."""
+
+    make: Callable[[str, nn.Module], Any]
 
 
 def place(module: nn.Module, where: str, taps: Sequence[Tap]) -> RemovableHandle:
@@ -29,6 +37,30 @@ def place(module: nn.Module, where: str, taps: Sequence[Tap]) -> RemovableHandle
         return module.register_forward_hook(partial(_past, taps[0].meets))
     taps = _in_order(taps)
     return module.register_forward_hook(lambda _module, args, output: _through(taps, args, output))
+
+
+class Held:
+    """A hook that stays on somebody's module for a while; copies and pickles of that get one that does nothing.
+
+    Args:
+        tap: meets what the module gives out; or a function of module and arguments, told of each call.
+    """
+
+    def __init__(self, tap: Tap | Callable[[nn.Module, tuple[Any, ...]], object] | None) -> None:
+        self._tap = tap
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> Any:
+        """Do it."""
+        if self._tap is None:
+            return None
+        if callable(self._tap):
+            self._tap(module, args)
+            return None
+        return _past(self._tap.meets, module, args, output)
+
+    def __reduce__(self) -> tuple[type[Held], tuple[None]]:
+        """Return what copies get."""
+        return Held, (None,)
 
 
 def _in_order(taps: Sequence[Tap]) -> list[Tap]:
@@ -52,7 +84,9 @@ def setters_at(
 ) -> list[tuple[nn.Module, Setter]]:
     """Return each module that a selector names, and a setter for it."""
     items = parse(selector).items if isinstance(selector, str) else ()
-    return [(module, kind(Site(path, items), value=value, **how)) for path, module in model.chosen(selector)]
+    sites = [(Site(path, items), module) for path, module in model.chosen(selector)]
+    each = value.make if isinstance(value, ForEach) else lambda *_: value
+    return [(module, kind(site, value=each(str(site), module), **how)) for site, module in sites]
 
 
 def _past(meets: Callable[[Any, Steps], Any], _module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

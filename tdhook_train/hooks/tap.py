@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdhook_train.errors import ResolveError, SetterError
-from tdhook_train.hooks.agents import agent_of, one_of, with_one
+from tdhook_train.hooks.agents import Surroundings, agent_of, one_of, with_one
 from tdhook_train.hooks.items import pick, put
 from tdhook_train.hooks.members import Members
 from tdhook_train.hooks.paths import Site
@@ -28,6 +28,7 @@ __all__ = [
     "Stopped",
     "Tap",
     "Turn",
+    "Unless",
     "Where",
     "in_graph",
 ]
@@ -212,6 +213,7 @@ class Setter(_Counted):
     value: Any = None
     copies: int | None = None
     applied: int = 0
+    around: Surroundings | None = None  # where the setting outlives a pass: the batch is that of the present call
 
     def meets(self, value: Any, steps: Steps) -> Any:
         """Put the new value in the old one's place."""
@@ -228,9 +230,11 @@ class Setter(_Counted):
         """
         if agent_of(self.site.items) is None:
             return self._new(before)
-        members = Members.of(before, self.batch)
+        batch = self.batch if self.around is None else self.around.batch
+        members = Members.of(before, batch)
         whole = before if members is None else members.seen(members.raw)
-        new = with_one(whole, self._new(one_of(whole, self.site, self.batch)), self.site, self.batch)
+        outer = 0 if members is None or self.around is None else members.outside(self.around.level)
+        new = with_one(whole, self._new(one_of(whole, self.site, batch, outer)), self.site, batch, outer)
         return new if members is None else members.hidden(new, behind=new.ndim - whole.ndim)
 
     def _new(self, before: Tensor) -> Tensor:
@@ -296,6 +300,23 @@ class Setter(_Counted):
 
     def finish(self) -> None:
         """Let go of what only the pass needed."""
+
+
+@dataclass
+class Unless:
+    """A tap that lets a value pass as it is, the very same object, for as long as ``off`` says so."""
+
+    tap: Tap
+    off: Callable[[], bool]
+
+    @property
+    def turn(self) -> Turn:
+        """That of the tap."""
+        return self.tap.turn
+
+    def meets(self, value: Any, steps: Steps) -> Any:
+        """Let it meet the tap."""
+        return value if self.off() else self.tap.meets(value, steps)
 
 
 class Stopped(BaseException):  # a model that catches every Exception must not catch this one

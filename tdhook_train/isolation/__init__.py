@@ -1,6 +1,6 @@
 """Measuring somebody else's model without a trace: named networks, private copies, a guard in place."""
 
-from tdhook_train.isolation.drawing import accompanied, draws
+from tdhook_train.isolation.drawing import accompanied, draws, undrawn
 from tdhook_train.isolation.in_place import in_place
 from tdhook_train.isolation.networks import Network, is_loss, networks
 from tdhook_train.isolation.shadow import Shadow, private_copy, take_over
@@ -21,4 +21,5 @@ __all__ = [
     "networks",
     "private_copy",
     "take_over",
+    "undrawn",
 ]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from tdhook_train.undo import devices_of, kept_buffers, kept_rng, leave_rng, parts_of
 
-__all__ = ["in_place", "keep_rng"]
+__all__ = ["in_place", "seeded"]
 
 
 @contextmanager
-def keep_rng(modules: Iterable[nn.Module], seed: int | None) -> Iterator[None]:
+def seeded(modules: Iterable[nn.Module], seed: int | None) -> Iterator[None]:
     """Seed the random states of the CPU and of every device in use, and put the old ones back.
 
     With None, leave them alone: they are the process's, and other threads may draw meanwhile.
@@ -23,14 +23,7 @@ def keep_rng(modules: Iterable[nn.Module], seed: int | None) -> Iterator[None]:
         with leave_rng():
             yield
         return
-    devices = devices_of(part for module in modules for part in parts_of(module))
-    with kept_rng(devices):
-        # not torch.manual_seed, which seeds every GPU of the machine, also those whose state is not kept here
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            backend = torch.get_device_module(device)
-            with getattr(backend, "device", nullcontext)(device):
-                backend.manual_seed(seed)
+    with kept_rng(devices_of(part for module in modules for part in parts_of(module)), seed):
         yield
 
 
@@ -45,7 +38,7 @@ def in_place(model: nn.Module, seed: int | None) -> Iterator[None]:
     parts = parts_of(model)
     flags = [(module, module.training) for module in parts]
     kept: list[tuple[Tensor, Tensor | None, bool]] = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    with torch.inference_mode(False), keep_rng([model], seed), kept_buffers(parts):
+    with torch.inference_mode(False), seeded([model], seed), kept_buffers(parts):
         try:
             for module in parts:
                 module.training = False

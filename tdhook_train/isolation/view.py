@@ -12,7 +12,7 @@ from torch import nn
 
 from tdhook_train.errors import NetworkError
 from tdhook_train.isolation.acting import deterministic
-from tdhook_train.isolation.in_place import in_place, keep_rng
+from tdhook_train.isolation.in_place import in_place, seeded
 from tdhook_train.isolation.networks import is_loss, networks
 from tdhook_train.isolation.shadow import Shadow
 
@@ -54,7 +54,7 @@ class CopiesView:
     @contextmanager
     def open(self, seed: int | None) -> Iterator[None]:
         """Let policies act by their mode, and draws follow from ``seed``."""
-        with keep_rng(self.modules.values(), seed), _row_by_row():
+        with seeded(self.modules.values(), seed), _row_by_row():
             yield
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdhook_train.edit import Edit
 from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel, Selection
+from tdhook_train.hooks.layout import laid_out_by, unit_axis
 from tdhook_train.hooks.paths import Selector, selectors
-from tdhook_train.ops.units import held, unit_axis
+from tdhook_train.hooks.place import ForEach
+from tdhook_train.ops.units import held
 
 __all__ = ["Ablate"]
 
@@ -25,7 +28,8 @@ class Ablate(Edit):
 
     Args:
         layers: paths, patterns, module classes or predicates.
-        units: which units (features; channels of an image activation); the whole layer by default.
+        units: which units (features; channels where a convolution, pooling or its activation gives them out); the whole
+            layer by default.
         to: the value, or one for each unit: 0 for zero ablation, the units' means for mean ablation.
 
     Raises:
@@ -50,12 +54,13 @@ class Ablate(Edit):
         if isinstance(self.to, tuple) and units is not None and len(self.to) != len(units):
             raise SettingsError(f"Ablate needs a value for each of {len(units)} units, got {len(self.to)}")
 
-    def edits(self, model: HookedModel) -> Mapping[Selector, Any]:  # noqa: ARG002 - the same at every layer
+    def edits(self, model: HookedModel) -> Mapping[Selector, Any]:
         """Hold the units of every layer."""
-        return dict.fromkeys(selectors(self.layers), self._held)
+        of_layer = ForEach(lambda _site, module: partial(self._held, laid_out_by(model.module, module)))
+        return dict.fromkeys(selectors(self.layers), of_layer)
 
-    def _held(self, value: Tensor) -> Tensor:
-        axis = unit_axis(value)
+    def _held(self, layout: nn.Module, value: Tensor) -> Tensor:
+        axis = unit_axis(value, layout)
         width = value.shape[axis]
         units = range(width) if self.units is None else cast(tuple[int, ...], self.units)
         if max(units) >= width:

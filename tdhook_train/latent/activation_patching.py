@@ -8,25 +8,22 @@ from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel, Selection
+from tdhook_train.hooks.layout import ELEMENTWISE
 from tdhook_train.hooks.readers import sole_readers
 from tdhook_train.hooks.versions import run_versions
 from tdhook_train.keys import path_of
 from tdhook_train.method import Method, Seen, look
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.targets import explained, named
-from tdhook_train.ops.units import evenly_spaced, padded, unit_axis
+from tdhook_train.ops.units import evenly_spaced, padded
 
 __all__ = ["ActivationPatching"]
 
 _ROWS_PER_PASS = 8192  # patched rows at a time: caps memory on wide layers
-_ELEMENTWISE = (
-    nn.Tanh, nn.ReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid,
-    nn.LeakyReLU, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Tanhshrink, nn.Identity,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,9 @@ class ActivationPatching(Method):
             twin = twins.get(site)
             before, after = values[site].chunk(2, model.row_axis(site))
             expected = outputs[: len(base)]
-            done[site] = done[twin] if twin else self._patched(model, base, site, (before, after), expected)
+            # the same units only where both count them along the same dimension
+            same = twin and model.unit_axis(twin, before) == model.unit_axis(site, before)
+            done[site] = done[twin] if same else self._patched(model, base, site, (before, after), expected)
         return _summary([done[site] for site in sites], *metrics.chunk(2))
 
     def _columns(self, outputs: TensorDictBase, model: HookedModel) -> Mapping[str, Tensor]:
@@ -109,7 +108,7 @@ class ActivationPatching(Method):
     ) -> Tensor:
         """Return the metrics with the whole layer patched, then with each unit: ``[1 + unit, pair, target]``."""
         before, after = values
-        pairs, axis = len(base), unit_axis(before)
+        pairs, axis = len(base), model.unit_axis(site, before)
         units = before.shape[axis] if before.ndim > 1 else 0
         found = []
         for chunk in torch.arange(units + 1).split(max(1, _ROWS_PER_PASS // pairs)):
@@ -148,7 +147,7 @@ def _same_patch(model: HookedModel, sites: Sequence[str], inputs: TensorDict) ->
     """
     pairs = [(row.previous, str(row.site)) for row in model.traced if row.previous is not None]
     near = {before: after for before, after in pairs if {before, after} <= set(sites)}
-    candidates = {b: a for b, a in near.items() if isinstance(model.module_of(a), _ELEMENTWISE)}
+    candidates = {b: a for b, a in near.items() if isinstance(model.module_of(a), ELEMENTWISE)}
     readers = sole_readers(model, inputs, [*candidates, *candidates.values()]) if candidates else {}
     return {before: after for before, after in candidates.items() if readers.get(before) == after}
 

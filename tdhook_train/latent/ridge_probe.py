@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdhook_train.errors import GroupsError, SettingsError
-from tdhook_train.hooks import HookedModel, Selection
-from tdhook_train.method import Method, Part, Parts, Seen, look
-from tdhook_train.ops.folds import circular_shifts, fold_of, in_blocks
+from tdhook_train.errors import SettingsError
+from tdhook_train.hooks import HookedModel
+from tdhook_train.latent.layer_probe import LayerProbe, null_place
+from tdhook_train.method import Parts, Seen
+from tdhook_train.ops.folds import circular_shifts
 from tdhook_train.ops.join import Labels, Measured
 from tdhook_train.ops.ridge import RidgeDesign, constant
 from tdhook_train.ops.targets import columns, named
@@ -24,7 +24,7 @@ _MAX_WIDTH = 4096  # the statistics of a block take width² numbers a fold
 
 
 @dataclass(frozen=True)
-class RidgeProbe(Method):
+class RidgeProbe(LayerProbe):
     """How much of each target a linear read-out of each layer recovers: cross-validated R² of ridge regression.
 
     All layers are solved together, exactly, from sufficient statistics in float64. A score says nothing alone: beside
@@ -55,9 +55,6 @@ class RidgeProbe(Method):
     arXiv:1909.03368.
     """
 
-    layers: Selection = "**"
-    target: Any = "output"
-    folds: int = 5
     alphas: tuple[float, ...] = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)
     shifts: int = 39
 
@@ -68,6 +65,7 @@ class RidgeProbe(Method):
             "layer target",
         ),
     }
+    shown: ClassVar[tuple[str, ...]] = ("r2", "r2_observation", "r2_initial", "r2_null")
     legend: ClassVar[Mapping[str, Mapping[int, str]]] = {
         "reason": {
             0: "scored",
@@ -85,47 +83,20 @@ class RidgeProbe(Method):
         },
     }
 
-    by_trajectory: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "alphas", tuple(float(alpha) for alpha in self.alphas))
-        if self.folds < 2:
-            raise SettingsError(f"RidgeProbe needs at least 2 folds, got folds={self.folds}")
         if not self.alphas or min(self.alphas) <= 0:
             raise SettingsError(f"RidgeProbe needs positive penalties, got alphas={self.alphas}")
-        if self.shifts < 0:
-            raise SettingsError(f"RidgeProbe needs 0 or more shifts, got shifts={self.shifts}")
-        named(self.target)
-
-    def taps(self, model: HookedModel) -> Sequence[str]:
-        """The layers."""
-        return model.sites(self.layers)
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """Layers, targets and penalties."""
-        targets = columns(seen.batch, named(self.target), len(seen.batch))
-        return super().labels(seen, model) | {"target": list(targets), "alpha": list(self.alphas)}
-
-    def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
-        """Score every layer of one network."""
-        return self._scores({"": Part(seen, model)}).tensordict()
-
-    def across(self, parts: Parts) -> Measured:
-        """Score the layers of all networks together, in one batch."""
-        parts = self.applies_to(parts)
-        scored = self._scores(parts)
-        labels = [self.labels(part.seen, part.model) for part in parts.values()]
-        layers = [
-            f"{name}.{site}" if name else site for name, own in zip(parts, labels, strict=True) for site in own["layer"]
-        ]
-        kinds = [kind for own in labels for kind in own["layer_type"]]
-        return replace(scored, labels=labels[0] | {"layer": layers, "layer_type": kinds})
+        return super().labels(seen, model) | {"alpha": list(self.alphas)}
 
     def _scores(self, parts: Parts) -> Measured:
         seen = next(iter(parts.values())).seen
         rows = len(seen.batch)
-        blocks = [self._block(part, site, rows) for part in parts.values() for site in self.taps(part.model)]
+        blocks = self._blocks(parts, rows)
         targets = columns(seen.batch, named(self.target), rows).values()
         y = torch.stack([column.detach().double() for column in targets], 1).to(blocks[0].device)
         folds = self._folds(seen, rows)
@@ -152,30 +123,15 @@ class RidgeProbe(Method):
         }
         return Measured(dict(values), {key: tuple(self.writes[key].split()) for key in values})
 
-    def _block(self, part: Part, site: str, rows: int) -> Tensor:
-        value = _features(part.seen.values[site], part.model.row_axis(site))
-        if len(value) != rows:
-            shape = tuple(part.seen.values[site].shape)
-            raise GroupsError(f"RidgeProbe: {site!r} gives {shape} for {rows} rows; name layers with one row a sample")
-        return value
-
-    def _folds(self, seen: Seen, rows: int) -> Tensor:
-        groups = torch.arange(rows) if seen.groups is None else seen.groups.cpu()
-        if len(groups) != rows:
-            raise GroupsError(f"RidgeProbe: {len(groups)} trajectory ids for {rows} rows")
-        return fold_of(groups, self.folds)
-
     def _null(self, seen: Seen, design: _Designs, y: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the null score, p and why it is NaN, each ``[layer, target]``."""
         nan = torch.full_like(r2, torch.nan)
         reason = r2.isnan().to(torch.int8)
-        if self.shifts == 0:
-            return nan, nan, torch.full_like(reason, 3)
-        if not seen.ordered or seen.groups is None or not in_blocks(seen.groups):
-            return nan, nan, torch.full_like(reason, 2)
+        if (why := self._no_null(seen, self.shifts)) or seen.groups is None:
+            return nan, nan, torch.full_like(reason, why)
         shifts = circular_shifts(seen.groups.cpu(), self.shifts, seen.generator)
         scores = design.score_shifted(y, shifts).cpu()
-        null = scores.sort(0).values[max(round(0.95 * (self.shifts + 1)) - 1, 0)]  # the 38th of 39
+        null = scores.sort(0).values[null_place(self.shifts)]
         p = (1 + (scores >= r2).sum(0)).double() / (self.shifts + 1)
         scored = reason == 0
         return torch.where(scored, null, torch.nan), torch.where(scored, p, torch.nan), reason
@@ -184,27 +140,13 @@ class RidgeProbe(Method):
         """Score the raw inputs and the initial network, factorised once a probe set."""
         memo = next(iter(parts.values())).seen.memo
         if "baselines" not in memo:
-            memo["baselines"] = self._baseline_designs(parts, folds)
-        designs = memo["baselines"]
-        counts = torch.tensor([len(self.taps(part.model)) for part in parts.values()])
+            raw_blocks, initial_blocks = self._baseline_blocks(parts)
+            memo["baselines"] = _Designs(raw_blocks + initial_blocks, folds, self)
         of_layer = torch.tensor([0, 4, 5], dtype=torch.int8)  # reasons that say nothing of the target
         usable = torch.isin(reason, of_layer)
-        scores = designs.best(y)
-        raw, initial = scores[: len(parts)].repeat_interleave(counts, 0), scores[len(parts) :]
-        out = {"r2_observation": raw, "r2_initial": initial if len(initial) else torch.full_like(raw, torch.nan)}
+        raw, initial = self._spread(memo["baselines"].best(y), parts)
+        out = {"r2_observation": raw, "r2_initial": initial}
         return {name: torch.where(usable, score, torch.nan) for name, score in out.items()}
-
-    def _baseline_designs(self, parts: Parts, folds: Tensor) -> _Designs:
-        """Factorise the raw inputs of each network, then the layers of the initial networks."""
-        raw, initial = [], []
-        for part in parts.values():
-            inputs = [part.seen.batch.get(key) for key in part.model.in_keys]
-            raw.append(torch.cat([_features(v.to(torch.get_default_dtype())) for v in inputs], 1))
-            if part.seen.initial is not None:
-                sites = self.taps(part.model)
-                values, _ = look(part.seen.initial, part.seen.batch, sites)
-                initial += [_features(values[site], part.model.row_axis(site)) for site in sites]
-        return _Designs(raw + initial, folds, self)
 
 
 class _Designs:
@@ -241,11 +183,6 @@ class _Designs:
             return parts[0]
         place = torch.tensor([i for index, _ in self._batches for i in index]).argsort()
         return torch.cat(list(parts), axis).index_select(axis, place.to(parts[0].device))
-
-
-def _features(value: Tensor, row_axis: int = 0) -> Tensor:
-    """Bring a value to ``[rows, features]``; one without rows counts as one row."""
-    return value.movedim(row_axis, 0).flatten(1) if value.ndim > 1 else value.reshape(-1, 1)
 
 
 def _target_reasons(y: Tensor, folds: Tensor) -> Tensor:

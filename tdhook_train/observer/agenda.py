@@ -36,6 +36,7 @@ class Agenda:
         self._stored = {f"{row}.{source}" if source else row for row in self.all for source in sources}
         self._alerts: list[_Alert] = []
         self.watched: set[str] = set()  # rows, as stored, whose values decide what is due
+        self._scales: set[str] = set()  # of the clock
         if isinstance(when, Mapping):
             for name in when:
                 if name not in self.all:
@@ -58,6 +59,12 @@ class Agenda:
             if row not in self._stored:
                 raise SettingsError(f"When({row!r}, ...) goes by a row that is not measured{self._near(row)}")
         self.watched |= trigger.rows
+        self._scales |= trigger.scales
+
+    def untold(self, clock: Clock) -> list[str]:
+        """Return the scales that triggers go by and that the clock was never told of."""
+        told = {"frames": clock.frames, "epochs": clock.epoch}
+        return sorted(scale for scale in self._scales & set(told) if not told[scale])
 
     def _near(self, row: str) -> str:
         return did_you_mean(row, sorted(self._stored))

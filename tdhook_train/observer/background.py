@@ -10,6 +10,8 @@ import subprocess
 import sys
 import weakref
 from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -18,10 +20,13 @@ import cloudpickle
 from tdhook_train.errors import NetworkError, WorkerError
 from tdhook_train.observer.measure import Rows
 from tdhook_train.observer.sources import Source
+from tdhook_train.observer.station import LastRows
 from tdhook_train.observer.subject import Subject
 from tdhook_train.observer.worker import BEGUN, Due, Job, Outcome, Start
 
 __all__ = ["Background"]
+
+_TO_EXIT_S = 2.0
 
 
 class Background:
@@ -48,14 +53,18 @@ class Background:
         self.inbox: deque[Outcome] = deque()  # what was measured, in order
         self._waiting = waiting
         self._fixed: dict[str, int] = {}  # fingerprints of the fixed sources that the worker has
-        self._forget = False
+        self._back: Mapping[str, LastRows] | None = None
         self._begun = 0  # 1 when the process runs, 2 when it knows what to measure
         self._due = True  # whether a message is to come
         ours, theirs = socket.socketpair()
         with theirs:
             run = f"import sys; sys.path[:] = {sys.path!r}; from tdhook_train.observer import worker; worker.main"
             command = [sys.executable, "-c", f"{run}({theirs.fileno()})"]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            # its threads of torch sleep between two products: waiting awake they would take the training's cores
+            environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+            )
         self._connection = Connection(ours.detach())
         self._poll = select.poll()  # several times as fast as the connection's own, and asked at every step
         self._poll.register(self._connection.fileno(), select.POLLIN)
@@ -88,9 +97,11 @@ class Background:
             return False
         with subject.view.open(None):
             sources = [(name, self._unless_sent(name, source)) for name, source in due.sources]
-            job = Job(replace(due, sources=sources), subject.weights(), self._forget)
-            self._outbox.append(pickle.dumps(job))
-        self._forget = False
+            job = Job(replace(due, sources=sources), subject.weights(), self._back)
+            message = pickle.dumps(job)
+        self._outbox.append(message)  # not before it is written: what interrupts that sends nothing
+        self._fixed |= {name: source.fingerprint for name, source in due.sources if source and source.fixed}
+        self._back = None
         self._exchange(wait=False)
         return True
 
@@ -103,7 +114,6 @@ class Background:
             return source
         if self._fixed.get(name) == source.fingerprint:
             return None
-        self._fixed[name] = source.fingerprint
         return source
 
     def collect(self, *, wait: bool = False) -> None:
@@ -119,9 +129,9 @@ class Background:
         while wait and (self._outbox or (self._due and self._begun == 2)):
             self._exchange(wait=True)
 
-    def forget(self) -> None:
-        """Forget the ticks before, as going back to a checkpoint needs."""
-        self._forget = True
+    def go_back(self, last: Mapping[str, LastRows]) -> None:
+        """Forget the ticks before, but for these rows, by source: as going back to a checkpoint needs."""
+        self._back = last
 
     def close(self) -> None:
         """End the process, whatever it does. Safe to call twice."""
@@ -129,20 +139,27 @@ class Background:
 
     def _exchange(self, *, wait: bool) -> None:
         """Take the message that is due, if it is there or waited for, and then send what is next."""
+        if self._due and not self._poll.poll(None if wait else 0):
+            return
         try:
-            if self._due and (wait or self._poll.poll(0)):
+            if self._due:
                 message = self._connection.recv_bytes()
                 self._due = False
                 if message == BEGUN:
                     self._begun += 1
                 else:
                     self.inbox.append(pickle.loads(message))
-            if not self._due and self._outbox:
+            if self._outbox:
                 self._connection.send_bytes(self._outbox.popleft())
                 self._due = True
-        except (OSError, EOFError) as error:
+        except BaseException as error:  # Ctrl-C as well: half a message would make nonsense of all after it
             self._outbox.clear()
             self._due = False
+            if not isinstance(error, OSError | EOFError):
+                self.close()
+                raise
+            with suppress(subprocess.TimeoutExpired):  # it closed its end, and says next why
+                self._process.wait(_TO_EXIT_S)
             self.close()
             raise WorkerError(
                 f"the process that measures in the background ended with exit code {self._process.returncode}; what it "

@@ -80,18 +80,17 @@ class Edits:
             span, undo, _ = self._spans[name]
             self._spans[name] = (span, undo, until)
             return
-        self._hold(name, model, until)
+        self._hold(name, until, model)
         self._note(name, now, active=True)
 
-    def _hold(self, name: str, model: nn.Module, until: int | None) -> None:
+    def _hold(self, name: str, until: int | None, model: nn.Module) -> None:
         span = Span()
         self._spans[name] = (span, self._edits[name].held(model, span), until)
 
     def go_on(self, model: nn.Module) -> None:
         """Hold again what was held when a checkpoint was made."""
-        for name, until in self._to_begin.items():
-            self._hold(name, model, until)
-        self._to_begin.clear()
+        while self._to_begin:
+            self._hold(*self._to_begin.popitem(), model)
 
     def writes(self, name: str) -> bool:
         """Whether an edit writes weights."""
@@ -110,7 +109,8 @@ class Edits:
         tick = Tick(now, self._seed)
         with subject.open(tick.generator("model").initial_seed(), source[1].batch):
             parts = {n: p for n, p in see(subject, {name: [method]}, source[1], tick).items() if not _is_target(n)}
-            told = {n: part.told(**tick.told(name, 0)) for n, part in parts.items()}
+            # each network by draws of its own: members of an ensemble shall not become one
+            told = {n: part.told(**tick.told(f"{name}/{n}", 0)) for n, part in parts.items()}
             measured = method.across(told)
             new = {n: method.rewritten(part.seen, part.model) for n, part in method.applies_to(told).items()}
             weights = subject.fingerprint()
@@ -142,13 +142,13 @@ class Edits:
 
     def state_dict(self) -> dict[str, Any]:
         """Return which spans last, and until which step."""
-        return {name: until for name, (_, _, until) in self._spans.items()}
+        return self._to_begin | {name: until for name, (_, _, until) in self._spans.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the spans of a checkpoint last again, and no others; nothing is noted."""
-        for _, undo, _ in self._spans.values():
-            undo.close()
-        self._spans.clear()
+        with ExitStack() as each:
+            while self._spans:
+                each.callback(self._spans.popitem()[1][1].close)
         self._to_begin = {name: until for name, until in state.items() if name in self._edits}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -76,10 +75,12 @@ class LiveEdit:
             model: the loss or module in training.
             span: says when the edit is to be left out for a moment.
         """
+        taken: set[nn.Module] = set()  # a trunk of two networks is changed once
         with Undo() as undo:
             for hooked, edit in self._live(model):
-                edits = {selector: _unless(span, value) for selector, value in edit.edits(hooked).items()}
-                undo.enter_context(hooked.edited(edits))
+                edits = edit.edits(hooked)
+                undo.enter_context(hooked.edited(edits, off=lambda: span.left_out, but=frozenset(taken)))
+                taken |= {module for selector in edits for _, module in hooked.chosen(selector)}
             return undo.pop_all()
 
     def _live(self, model: nn.Module) -> list[tuple[HookedModel, Edit]]:
@@ -87,7 +88,9 @@ class LiveEdit:
         hooked = {name: HookedModel(module, name=name) for name, module in live_modules(model).items()}
         chosen = self.edit.chosen(hooked)
         out = []
-        layers = selectors(getattr(self.edit, "layers", "**"))
+        if not hasattr(self.edit, "layers"):
+            return [(one, self.edit) for one in chosen.values()]
+        layers = selectors(self.edit.layers)
         for one in chosen.values():
             mine = tuple(layer for layer in layers if one.has(layer))
             if mine:
@@ -113,15 +116,6 @@ def live_modules(model: nn.Module) -> dict[str, nn.Module]:
             head, _, tail = name.rpartition(".")
             found[head if tail.isdigit() else name] = network.module
     return found
-
-
-def _unless(span: Span, value: Any) -> Any:
-    def changed(before: Tensor) -> Any:
-        if span.left_out:
-            return before
-        return value(before) if callable(value) else value
-
-    return changed
 
 
 def write(
@@ -152,8 +146,12 @@ def _kept_of(value: Tensor, optimizers: Iterable[torch.optim.Optimizer]) -> list
         for parameter, state in optimizer.state.items():
             if parameter.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
                 continue
-            for moment in state.values():
-                if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                    offset = value.storage_offset() - parameter.storage_offset() + moment.storage_offset()
-                    kept.append(moment.as_strided(value.shape, value.stride(), offset))
+            begin = value.storage_offset() - parameter.storage_offset()
+            if not 0 <= begin < parameter.numel():  # another one in the same piece of memory
+                continue
+            kept += [
+                moment.as_strided(value.shape, value.stride(), begin + moment.storage_offset())
+                for moment in state.values()
+                if isinstance(moment, Tensor) and moment.shape == parameter.shape
+            ]
     return kept

@@ -57,15 +57,23 @@ class Observer:
         seed: of what methods draw.
         on_error: an error of a method stops the training (``"raise"``), warns (``"warn"``) or is only recorded
             (``"skip"``); in no case is a row half written.
-        loggers: TorchRL's or Lightning's, one or several, which are told the mean of each floating-point key.
+        loggers: TorchRL's or Lightning's, one or several, which are told the means of floating-point keys, for each
+            network and target: ``probe/r2/actor_network/action``.
         edits: changes of the live network itself, by the names of their rows: see
             :class:`~tdhook_train.observer.LiveEdit`. Without any the training is left as it was.
         background: measure snapshots in a process of its own while the training goes on: the same numbers, but rows
             come later, and what is due when that many snapshots wait (8, if True) is skipped, which is noted.
+            Weights and buffers are sent each time, whatever else a module holds (a Python number that is annealed, say)
+            but once.
+            It pays where a core is free: small networks train as fast with ``torch.set_num_threads(1)``, and leave one.
             An error of a method is raised by a later :meth:`step`. :meth:`finish`, :meth:`state_dict` and
             :meth:`close` wait for what is under way.
         resume: go on in a folder that already holds a run.
         overwrite: replace the run in that folder.
+
+    Attributes:
+        buffer: what was measured, an :class:`~tdhook_train.buffer.ArtifactBuffer`; ``buffer["probe"]`` are its rows.
+        clock: where the training is; ``clock.frames`` and ``clock.epoch`` are yours to set.
 
     Raises:
         RunExistsError: the folder already holds a run.
@@ -95,9 +103,10 @@ class Observer:
         self.methods = rows_of(methods, none=bool(edits))
         if on_error not in ("raise", "warn", "skip"):
             raise SettingsError(f"on_error={on_error!r}{did_you_mean(on_error, ('raise', 'warn', 'skip'))}")
+        if budget is not None and not isinstance(budget, Budget):
+            raise SettingsError(f"budget={budget!r} is no Budget; e.g. budget=Budget(overhead=0.05)")
         if not isinstance(background, int) or background < 0:
             raise SettingsError(f"background={background!r} is neither True, False nor how many snapshots may wait")
-        self._waiting = _WAITING if background is True else int(background)
         waiting = _WAITING if background is True else int(background)
         sources = Sources(on)
         agenda = Agenda(when, self.methods, sources.names)
@@ -184,7 +193,9 @@ class Observer:
         if not self._closed:
             self._ticks.sources.refresh(clock)
         if self._closed or self._paused:
-            clock.asked()
+            if not self._closed:
+                self._rounds.keep(model)
+            clock.passed()
             return False
         return self._rounds.go(model)
 
@@ -214,10 +225,15 @@ class Observer:
         Args:
             step: optimizer steps behind them; known without it where a front door counts steps.
         """
+        if self._closed:
+            warnings.warn(
+                "the observer is closed: call finish() before close() to measure the last weights", stacklevel=2
+            )
         if self._closed or self.subject is None:
             return False
         for source in self._ticks.sources.unready():
-            warnings.warn(f"nothing was measured on {source!r}: it never became complete", stacklevel=2)
+            said = "it never became complete; ask for fewer frames, or give it a collector"
+            warnings.warn(f"nothing was measured on {source!r}: {said}", stacklevel=2)
         counted = self.clock.step if self.steps_taken is None else self.steps_taken
         self.clock.step = counted if step is None else step
         self.clock.seconds = self.meter.elapsed_s
@@ -232,7 +248,12 @@ class Observer:
             when: a trigger.
             mark: its label.
             call: called with the observer.
+
+        Raises:
+            SettingsError: neither a label nor a function, or a trigger that goes by a row that is not measured.
         """
+        if mark is None and call is None:
+            raise SettingsError('an alert puts a mark or calls: observer.alert(trigger, mark="...") or call=function')
 
         def tell() -> None:
             if mark is not None:
@@ -259,7 +280,7 @@ class Observer:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Measure nothing inside the block; clocks go on."""
+        """Measure nothing and begin no edit inside the block; clocks go on, and spans end when they are over."""
         self._paused += 1
         try:
             yield
@@ -274,8 +295,10 @@ class Observer:
         if not self._closed:
             try:
                 self._ticks.take(wait=True)
+                self._rounds.tell()
             finally:
-                self._let_go()
+                if not self._closed:  # by an alert
+                    self._let_go()
 
     def _let_go(self) -> None:
         self._closed = True
@@ -309,10 +332,10 @@ class Observer:
         self._rounds.load_state_dict(state)
         self.steps_taken = state["steps_taken"]
         self._ticks.take(wait=True)
-        self._ticks.forget()
         self._ticks.sources.load_state_dict(state["probe_sets"], self.buffer.folder("probe_sets"))
         self.buffer.truncate(after_step=self.clock.step)
-        self._rounds.remember()
+        self._ticks.go_back()
+        self._rounds.remember(state["fresh"])
 
     def _check_open(self) -> None:
         if self._closed:

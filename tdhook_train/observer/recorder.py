@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from tensordict import TensorDictBase
 
 from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.errors import RunExistsError, SettingsError
-from tdhook_train.keys import dotted
 from tdhook_train.method import Method
 from tdhook_train.observer.measure import Row
-from tdhook_train.observer.station import Measurement
-from tdhook_train.ops.join import Measured
+from tdhook_train.observer.scalars import scalars
+from tdhook_train.observer.station import LastRows, Measurement
 
-__all__ = ["Recorder", "scalars"]
+__all__ = ["Recorder"]
 
 
 class Recorder:
@@ -49,9 +48,10 @@ class Recorder:
             found: what it is a row of.
             methods: that measured it, where these are none of the observer's.
         """
+        measured_by = self._methods[row.name] if methods is None else methods
         name = f"{row.name}.{found.source}" if found.source else row.name
         if name not in self.buffer:
-            self._declare(name, row, self._methods[row.name] if methods is None else methods)
+            self._declare(name, row, measured_by)
         self.buffer.append(
             name,
             row.measured.tensordict(),
@@ -62,14 +62,34 @@ class Recorder:
             data=found.data,
             cost=row.cost_s,
         )
-        self.scalars |= scalars(name, row.measured)
+        self.scalars |= scalars(name, row.measured, networks=found.networks, shown=_shown(measured_by))
         return name
 
     def _declare(self, name: str, row: Row, methods: Sequence[Method]) -> None:
         labels = {dim: names for dim, names in row.measured.labels.items() if names}
-        legend = {key: dict(codes) for method in methods for key, codes in method.legend.items()}
+        written = row.measured.values  # some methods write some of their keys only where they are asked to
+        legend = {key: dict(codes) for method in methods for key, codes in method.legend.items() if key in written}
         settings = [method.settings() for method in methods]
         self.buffer.declare(name, dims=row.measured.dims, coords=labels, settings=settings, legend=legend)
+
+    def last(self, source: str, *, fixed: bool) -> LastRows:
+        """Return the last rows that are stored of a source.
+
+        Args:
+            source: its name.
+            fixed: rows of other data than the newest one's do not count.
+        """
+        rows, newest, data = dict[str, tuple[TensorDictBase, int]](), -1, 0
+        for row in self._methods:
+            name = f"{row}.{source}" if source else row
+            if name not in self.buffer or not len(self.buffer[name].steps):
+                continue
+            last = self.buffer[name].last()[0].clone()  # what is read may be written over
+            meta = last.pop("meta")
+            rows[row] = (last, int(meta["data"]) if fixed else 0)
+            if int(meta["step"]) > newest:
+                newest, data = int(meta["step"]), rows[row][1]
+        return LastRows(data, {row: last for row, (last, of) in rows.items() if of == data})
 
     def log(self, step: int) -> None:
         """Tell the loggers the scalars of the last tick."""
@@ -90,15 +110,7 @@ class Recorder:
             )
 
 
-def scalars(name: str, measured: Measured) -> dict[str, float]:
-    """Return what of a row can be drawn as a line: the mean of each floating-point key, as ``name/key``.
-
-    Keys with a value for each row of the batch are left out, NaNs are not counted, and a key of NaNs alone is left out.
-    """
-    means = {}
-    for key, value in measured.values.items():
-        if value.is_floating_point() and "batch" not in measured.dims.get(key, ()):
-            mean = float(torch.nanmean(value.detach().double()))
-            if mean == mean:
-                means[f"{name}/{dotted(key)}"] = mean
-    return means
+def _shown(methods: Sequence[Method]) -> set[str] | None:
+    """Return the keys that loggers are told of a row; all, where one of its methods says nothing."""
+    each = [method.shown for method in methods]
+    return None if None in each else {key for keys in each for key in keys or ()}

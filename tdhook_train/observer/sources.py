@@ -83,6 +83,11 @@ class Sources:
         """The names of the sources."""
         return tuple(self._named)
 
+    @property
+    def fixed(self) -> dict[str, bool]:
+        """Whether each source stays the same from tick to tick, by name."""
+        return {name: isinstance(source, ProbeSet) for name, source in self._named.items()}
+
     def wants(self, live: Live) -> bool:
         """Whether one of the sources is the batch in training, or the last collected one."""
         return live in self._named.values()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from tensordict import TensorDictBase
 
 from tdhook_train.observer.measure import Row, Rows, Tick, measure
 from tdhook_train.observer.sources import Source
 from tdhook_train.observer.subject import Subject
 from tdhook_train.schedule import Times
 
-__all__ = ["Measurement", "Station"]
+__all__ = ["LastRows", "Measurement", "Station"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,15 @@ class Measurement:
     rows: list[Row]
     weights: int
     data: int
+    networks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LastRows:
+    """The last row of each method on one batch, whose data have this fingerprint; 0 where they change every time."""
+
+    data: int
+    rows: dict[str, TensorDictBase]
 
 
 @dataclass(frozen=True)
@@ -45,9 +56,9 @@ class Station:
         self._previous: dict[str, _OfData] = {}  # by source: the last rows
         self._memo: dict[str, _OfData] = {}  # by source, for those that stay the same from tick to tick
 
-    def forget(self) -> None:
-        """Forget the ticks before, as going back to a checkpoint needs."""
-        self._previous.clear()
+    def go_back(self, last: Mapping[str, LastRows]) -> None:
+        """Forget the ticks before, but for these rows, by source: as going back to a checkpoint needs."""
+        self._previous = {source: _OfData(rows.data, dict(rows.rows)) for source, rows in last.items()}
         self._memo.clear()
 
     def measure(
@@ -76,7 +87,7 @@ class Station:
             rows = measure(subject, methods, source, tick, failed)
             weights = subject.fingerprint()
         previous |= {row.name: row.measured.tensordict() for row in rows}
-        return Measurement(name, now, rows, weights, source.fingerprint)
+        return Measurement(name, now, rows, weights, source.fingerprint, tuple(subject.networks))
 
 
 def _same(kept: dict[str, _OfData], source: str, data: int) -> dict[str, Any]:

@@ -11,17 +11,15 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import nn
 
 from tdhook_train.errors import NetworkError, SchemaError
 from tdhook_train.hooks import HookedModel
-from tdhook_train.hooks.sequences import end_to_end
+from tdhook_train.hooks.sequences import handles_time
 from tdhook_train.isolation import CopiesView, View, accompanied, draws, is_loss, isolated, private_copy, take_over
-from tdhook_train.keys import dotted
 from tdhook_train.method import look
 from tdhook_train.ops.files import whole_file
 from tdhook_train.ops.fingerprint import fingerprint
-from tdhook_train.undo import devices_of, kept_rng
 
 __all__ = ["Subject"]
 
@@ -51,6 +49,11 @@ class Subject:
         self.initial: dict[str, HookedModel] = {}
         self._draws: dict[str, bool] = {}  # whether a network draws, as far as it was asked
         self._over_time: dict[tuple[str, tuple[int, ...]], bool] = {}  # whether a network handles time in a batch
+
+    @property
+    def keys(self) -> dict[str, tuple[list[Any], list[Any]]]:
+        """What each network reads and gives out."""
+        return {name: (hooked.in_keys, hooked.out_keys) for name, hooked in self.networks.items()}
 
     def open(self, seed: int, batch: TensorDictBase) -> AbstractContextManager[None]:
         """Open the view for a measurement on a batch.
@@ -128,7 +131,7 @@ class Subject:
             shape: of the batch they came in, ``[sequences, time]``.
         """
         if len(shape) > 1 and (name, shape) not in self._over_time:
-            self._over_time[name, shape] = _handles_time(self.networks[name], batch, shape)
+            self._over_time[name, shape] = handles_time(self.networks[name], batch, shape)
         for hooked in (self.networks[name], self.initial.get(name)):
             if hooked is not None:
                 hooked.sequences = shape if self._over_time.get((name, shape)) else None
@@ -136,33 +139,6 @@ class Subject:
     def fingerprint(self) -> int:
         """Hash the weights and buffers that the networks hold now (inside ``view.open``)."""
         return fingerprint(TensorDict({name or "model": held for name, held in self.weights().items()}))
-
-
-def _handles_time(hooked: HookedModel, batch: TensorDictBase, shape: tuple[int, ...]) -> bool:
-    """Whether a network gives something else for sequences than for their rows one by one, at its end or inside."""
-    hooked.sequences = None
-    rows, whole = _tried(hooked, batch), _tried(hooked, batch.reshape(shape))
-    if rows is None or whole is None:  # it takes but one of them
-        return whole is not None
-    for name, one in rows.items():
-        other = end_to_end(whole[name], shape) if name in whole else None
-        if other is None or one.shape != other.shape or not one.is_floating_point():
-            continue
-        if not torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True):
-            return True
-    return False
-
-
-def _tried(hooked: HookedModel, batch: TensorDictBase) -> dict[str, Tensor] | None:
-    """Run a network on a batch and return what its layers and the network give out; None where it takes no such."""
-    with torch.no_grad(), kept_rng(devices_of(hooked.module.modules())):
-        try:
-            hooked.trace(batch)
-            values, outputs = look(hooked, batch, hooked.sites("**"))
-        except (RuntimeError, ValueError, IndexError):
-            return None
-    given = {f"output {dotted(key)}": outputs.get(key) for key in hooked.out_keys if key in outputs.keys(True)}
-    return values | {key: value for key, value in given.items() if isinstance(value, Tensor)}
 
 
 def _weights(module: nn.Module) -> TensorDictBase:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Literal
 
 from tensordict import TensorDictBase
@@ -51,7 +52,10 @@ class Ticks:
         self._folder = recorder.buffer.folder("probe_sets")
 
     def begin_in_background(self, subject: Subject, waiting: int) -> None:
-        """Measure in a process of its own from now on."""
+        """Measure in a process of its own from now on; what another one has under way is waited for."""
+        self.take(wait=True)
+        if self._worker is not None:
+            self._worker.close()
         self._worker = Background(subject, self.station.methods, self.station.seed, waiting)
 
     def measure(self, subject: Subject, now: Times, rows: frozenset[str], *, free: bool = False) -> bool:
@@ -80,7 +84,14 @@ class Ticks:
 
     def ready(self, now: Times) -> Iterator[tuple[str, Source]]:
         """Yield what can be measured on now, by name; what is not ready is noted."""
-        return self.sources.ready(self.live, self._folder, lambda *why: self._skip(now, *why))
+
+        def skip(why: str, detail: str) -> None:
+            self._skip(now, why, detail)
+            if now.step == 0:  # later moments come again
+                said = "ask for no more frames than the first batch has, or take ProbeSet.rollout(make_env, policy)"
+                warnings.warn(f"step 0 is not measured on {detail}; {said}", stacklevel=2)
+
+        return self.sources.ready(self.live, self._folder, skip)
 
     def _here(self, subject: Subject, now: Times, rows: frozenset[str], ready: Iterable[tuple[str, Source]]) -> bool:
         committed = False
@@ -116,37 +127,43 @@ class Ticks:
         except WorkerError as error:
             self._failed(self.clock.now, "background", error)
         finally:
-            while self._worker.inbox:
-                self._settle(self._worker.inbox.popleft())
-            self.meter.more(time.perf_counter() - began)
+            came = [self._worker.inbox.popleft() for _ in range(len(self._worker.inbox))]
+            try:
+                _each(partial(self._settle, outcome) for outcome in came)
+            finally:
+                self.meter.more(time.perf_counter() - began)
 
     def _settle(self, outcome: Outcome) -> None:
         self.meter.beside_s += outcome.seconds
         committed = [self._commit(found) for found in outcome.measurements]
         if any(committed):
             self.recorder.log(outcome.now.step)
-        for failure in outcome.failures:
-            self._failed(outcome.now, failure.row, failure.error or WorkerError(failure.message))
+        _each(
+            partial(self._failed, outcome.now, failure.row, failure.error or WorkerError(failure.message))
+            for failure in outcome.failures
+        )
 
-    def forget(self) -> None:
-        """Forget the ticks before, as going back to a checkpoint needs."""
-        self.station.forget()
+    def go_back(self) -> None:
+        """Forget the ticks before, but for the last rows that are stored, as going back to a checkpoint needs."""
+        last = {name: self.recorder.last(name, fixed=fixed) for name, fixed in self.sources.fixed.items()}
+        self.station.go_back(last)
         if self._worker is not None:
-            self._worker.forget()
+            self._worker.go_back(last)
 
     def close(self) -> None:
         """Let go of batches, and end the process in the background, whatever it does."""
         if self._worker is not None:
             self._worker.close()
+            self._worker = None
         self.sources.close()
         self.live.clear()
-        self.forget()
+        self.station.go_back({})
 
     def _commit(self, found: Measurement) -> bool:
         for row in found.rows:
             name = self.recorder.commit(row, found)
             if name in self.watched:
-                self.clock.fresh[name] = row.measured.values
+                self.clock.fresh.setdefault(name, []).append(row.measured.values)
             self.meter.by_method_s[row.name] += row.cost_s
         return bool(found.rows)
 
@@ -156,6 +173,19 @@ class Ticks:
     def _failed(self, now: Times, row: str, error: Exception) -> None:
         self.recorder.buffer.note("error", step=now.step, row=row, error=f"{type(error).__name__}: {error}")
         if self.on_error == "raise":
+            error.add_note(f"while {row!r} was measured at step {now.step}")
             raise error
         if self.on_error == "warn":
             warnings.warn(f"measuring {row!r} at step {now.step} failed: {error}", stacklevel=2)
+
+
+def _each(calls: Iterable[Callable[[], object]]) -> None:
+    """Call all of them, whatever one of them raises; the first error is raised afterwards."""
+    first: Exception | None = None
+    for call in calls:
+        try:
+            call()
+        except Exception as error:  # whatever a method raised in the background
+            first = first or error
+    if first is not None:
+        raise first

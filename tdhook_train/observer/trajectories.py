@@ -29,6 +29,8 @@ def in_rows(td: TensorDictBase) -> TensorDictBase:
     """Lay environments end to end, each in the order of time."""
     if td.batch_dims == 0:
         raise SettingsError("a probe set needs a batch of rows; the TensorDict has batch_size=[]")
+    if 0 in td.batch_size:
+        raise SettingsError(f"there is nothing to measure on: the TensorDict has batch_size={list(td.batch_size)}")
     return td.detach().reshape(-1).clone()
 
 

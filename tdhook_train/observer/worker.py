@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 
 from tdhook_train.observer.measure import Rows
 from tdhook_train.observer.sources import Source
-from tdhook_train.observer.station import Measurement, Station
+from tdhook_train.observer.station import LastRows, Measurement, Station
 from tdhook_train.observer.subject import Subject
 from tdhook_train.schedule import Times
 
@@ -39,6 +39,7 @@ class Start:
         dtype: what torch makes of Python's numbers.
         precision: of float32 products, as torch names it.
         deterministic: whether torch is asked for deterministic algorithms.
+        warns: whether it only warns where there is none.
     """
 
     subject: Subject
@@ -48,13 +49,14 @@ class Start:
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     precision: str = field(default_factory=torch.get_float32_matmul_precision)
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
+    warns: bool = field(default_factory=torch.is_deterministic_algorithms_warn_only_enabled)
 
     def station(self) -> Station:
         """Compute as the training's process does, and give what measures."""
         torch.set_num_threads(self.threads)
         torch.set_default_dtype(self.dtype)
         torch.set_float32_matmul_precision(self.precision)
-        torch.use_deterministic_algorithms(self.deterministic)
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warns)
         return Station(self.methods, self.seed)
 
 
@@ -71,12 +73,12 @@ class Due:
 class Job:
     """What is due, with the weights of the moment.
 
-    ``forget`` asks to forget the ticks before first, as going back to a checkpoint needs.
+    With ``back`` the ticks before are forgotten first, but for these rows, as going back to a checkpoint needs.
     """
 
     due: Due
     weights: Mapping[str, TensorDictBase]
-    forget: bool = False
+    back: Mapping[str, LastRows] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,8 @@ def _next(training: Connection, parent: int) -> bytes | None:
 
 def _served(job: Job, subject: Subject, station: Station, sources: dict[str, Source]) -> Outcome:
     began, outcome = time.perf_counter(), Outcome(job.due.now)
-    if job.forget:
-        station.forget()
+    if job.back is not None:
+        station.go_back(job.back)
     subject.take(job.weights)
     for name, sent in job.due.sources:
         source = sources[name] if sent is None else sent

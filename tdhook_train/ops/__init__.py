@@ -1,1 +1,1 @@
-"""Pure tensor functions: folds and shifts, ridge regression by statistics, quadrature, fingerprints."""
+"""Pure tensor functions: folds and shifts, ridge and logistic regression, quadrature, fingerprints."""

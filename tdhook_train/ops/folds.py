@@ -36,7 +36,10 @@ def fold_of(groups: Tensor, folds: int) -> Tensor:
     """
     ids, inverse = torch.unique(groups, return_inverse=True)
     if len(ids) < 2:
-        raise GroupsError(f"cross-validation needs rows of at least 2 groups, got {len(ids)}")
+        raise GroupsError(
+            f"cross-validation needs rows of at least 2 groups, got {len(ids)}: collect more trajectories, or take "
+            'rows as independent with ProbeSet(td, groups="rows")'
+        )
     rank = torch.empty(len(ids), dtype=torch.int64)
     rank[torch.argsort(_hash(ids), stable=True)] = torch.arange(len(ids))
     return (rank % folds)[inverse]

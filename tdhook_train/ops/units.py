@@ -7,12 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["as_rows", "dormancy", "evenly_spaced", "held", "padded", "unit_axis"]
-
-
-def unit_axis(value: Tensor) -> int:
-    """Say which dimension of an activation its units are along: the channels of an image, else the last."""
-    return 1 if value.ndim == 4 else value.ndim - 1
+__all__ = ["as_rows", "dormancy", "evenly_spaced", "held", "padded"]
 
 
 def held(value: Tensor, units: Sequence[int], to: Tensor | float | Sequence[float], axis: int) -> Tensor:
@@ -22,21 +17,17 @@ def held(value: Tensor, units: Sequence[int], to: Tensor | float | Sequence[floa
     return last.movedim(-1, axis)
 
 
-def as_rows(value: Tensor) -> Tensor:
-    """Bring an activation to ``[rows, units]``.
-
-    Units are the last dimension, and the channels of an image activation ``[batch, channel, height, width]``; every
-    other position counts as a row.
-    """
+def as_rows(value: Tensor, axis: int = -1) -> Tensor:
+    """Bring an activation to ``[rows, units]``: every position that is not along ``axis`` counts as a row."""
     if value.ndim <= 1:
         return value.reshape(-1, 1)
-    value = value.movedim(unit_axis(value), -1)
+    value = value.movedim(axis, -1)
     return value.reshape(-1, value.shape[-1])
 
 
-def dormancy(value: Tensor) -> Tensor:
+def dormancy(value: Tensor, axis: int = -1) -> Tensor:
     """Score the units of an activation: ``E|h_i| / mean_k E|h_k|``; 0 everywhere in one that is all zero."""
-    rows = as_rows(value)
+    rows = as_rows(value, axis)
     activity = torch.linalg.vector_norm(rows, ord=1, dim=0) / len(rows)
     return activity / activity.mean() if activity.any() else torch.zeros_like(activity)
 

@@ -50,8 +50,12 @@ def write(buffer: ArtifactBuffer, path: Path, *, training: pd.DataFrame | None, 
     if training is not None and training.get("return") is not None and training["return"].notna().any():
         _return(figure.add_axes((0.085, 0.795, 0.9, 0.13)), training, noted)
         top = 0.69
-    right = 0.605 if _side(figure, buffer, noted, top) else 0.985
-    _heat_maps(figure, buffer, noted, (right, top))
+    chosen = main_targets(probe.targets(buffer))
+    beside = _side(figure, buffer, noted, (0.68 if chosen else 0.085, top))
+    if chosen:
+        _heat_maps(figure, buffer, noted, (0.605 if beside else 0.985, top), chosen)
+    else:
+        figure.text(0.085, 0.03, "No probe was recorded.", fontsize=_BODY, color=INK)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a dollar in a label is a dollar
     figure.savefig(path, dpi=_DPI)
@@ -81,12 +85,14 @@ def _return(axes: Axes, training: pd.DataFrame, noted: Sequence[Mark]) -> None:
     axes.margins(x=0.005)
 
 
-def _heat_maps(figure: Figure, buffer: ArtifactBuffer, noted: Sequence[Mark], corner: tuple[float, float]) -> None:
+def _heat_maps(
+    figure: Figure,
+    buffer: ArtifactBuffer,
+    noted: Sequence[Mark],
+    corner: tuple[float, float],
+    chosen: Sequence[str],
+) -> None:
     right, top = corner
-    chosen = main_targets(probe.targets(buffer))
-    if not chosen:
-        figure.text(0.085, top - 0.05, "No probe was recorded.", fontsize=_BODY, color=INK)
-        return
     panels = {target: probe.panels(buffer, target)[:2] for target in chosen}
     columns = max(len(found) for found in panels.values())
     grid = GridSpec(len(chosen), columns, figure, 0.085, 0.125, right, top, wspace=0.33, hspace=0.24)
@@ -149,15 +155,16 @@ def _key(figure: Figure) -> None:
     )
 
 
-def _side(figure: Figure, buffer: ArtifactBuffer, noted: Sequence[Mark], top: float) -> bool:
+def _side(figure: Figure, buffer: ArtifactBuffer, noted: Sequence[Mark], corner: tuple[float, float]) -> bool:
     """Draw attribution and health, and return whether there was any."""
+    left, top = corner
     shown = [("Attribution: ", panel) for panel in attribution.panels(buffer)[:2]]
     maps = saliency.maps(buffer)
     whole = health.overview(buffer)
     shown += [("Health, ", whole)] if whole is not None else []
     if not shown and not maps:
         return False
-    grid = GridSpec(len(shown) + bool(maps), 1, figure, 0.68, 0.125, 0.875, top, hspace=0.36)
+    grid = GridSpec(len(shown) + bool(maps), 1, figure, left, 0.125, 0.875, top, hspace=0.36)
     if maps:
         _images(figure, grid[0, 0], maps[0])
     for row, (kind, panel) in enumerate(shown, int(bool(maps))):
@@ -166,7 +173,7 @@ def _side(figure: Figure, buffer: ArtifactBuffer, noted: Sequence[Mark], top: fl
         axes.set_title(kind + panel.title, fontsize=_BODY, loc="left", color=INK, pad=4)
     if shown:
         axes.set_xlabel("optimizer steps", fontsize=_BODY, color=INK, labelpad=1)
-    _headline(figure, (0.655, top + 0.035), "What decides, and what is in use")
+    _headline(figure, (left - 0.025, top + 0.035), "What decides, and what is in use")
     return True
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.errors import KeyMissingError
 from tdhook_train.plots import png
 from tdhook_train.plots.page import page
@@ -15,17 +17,13 @@ from tdhook_train.plots.sections import training as curve
 from tdhook_train.plots.source import marks, read, recorded
 
 if TYPE_CHECKING:
-    import os
-
     import pandas as pd
-
-    from tdhook_train.buffer import ArtifactBuffer
 
 __all__ = ["write_report"]
 
 
 def write_report(
-    buffer: ArtifactBuffer,
+    buffer: ArtifactBuffer | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     training: pd.DataFrame | None = None,
@@ -38,7 +36,7 @@ def write_report(
     sentence. The page is one file that needs no network.
 
     Args:
-        buffer: the run.
+        buffer: the run, or its folder.
         out: folder to write to; made where missing.
         training: the training curve: columns ``frames``, ``step``, ``return`` (NaN where no episode ended) and, for
             the observers' share, ``seconds`` and ``observer_seconds`` (both cumulative).
@@ -51,6 +49,9 @@ def write_report(
     Raises:
         KeyMissingError: the buffer has no row.
     """
+    if isinstance(buffer, str | os.PathLike):
+        with ArtifactBuffer.open(buffer, damaged="skip") as opened:
+            return write_report(opened, out, training=training, title=title, facts=facts)
     header = _facts(buffer)
     noted = marks(buffer)
     looks = saliency.section(buffer)

@@ -17,10 +17,11 @@ from torchrl.envs import EnvBase
 from tdhook_train.errors import KeyMissingError, NetworkError, SettingsError, did_you_mean
 from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.hooks.paths import Selector
+from tdhook_train.isolation import accompanied, undrawn
 from tdhook_train.keys import dotted, path_of
 from tdhook_train.method import Method, Parts, Seen
 from tdhook_train.ops.join import Measured, join
-from tdhook_train.ops.units import as_rows, held, padded, unit_axis
+from tdhook_train.ops.units import as_rows, held, padded
 from tdhook_train.undo import kept_randomness
 
 __all__ = ["AblatedReturn"]
@@ -61,7 +62,8 @@ class AblatedReturn(Method):
         the layer's width. ``env_steps`` []: steps taken in the environment.
 
     Raises:
-        SettingsError: what cannot be played; when measuring, ``make_env`` gave no TorchRL environment.
+        SettingsError: what cannot be played; when measuring, ``make_env`` gave no TorchRL environment, or something
+            draws from the process's random states beside another thread.
         NetworkError: no network gives out the environment's action.
         KeyMissingError: the policy reads what the environment does not give.
 
@@ -133,8 +135,8 @@ class AblatedReturn(Method):
         whole, single = [], []
         for site in self.taps(model):
             value = seen.values[site]
-            axis = unit_axis(value) - value.ndim  # from the end: fewer dimensions come before it in an environment
-            rows = as_rows(value)
+            axis = model.unit_axis(site, value) - value.ndim  # from the end: an environment may have fewer before it
+            rows = as_rows(value, axis)
             to = rows.mean(0) if self.by == "mean" else torch.zeros_like(rows[0])
             width = len(to)
             whole.append(stage.returns({site: partial(held, units=range(width), to=to, axis=axis)}))
@@ -157,8 +159,27 @@ class AblatedReturn(Method):
         return torch.randint(2**31 - 1, (rounds,), generator=generator).tolist()
 
     @contextmanager
+    def randomness(self, seed: int | None = None) -> Iterator[None]:
+        """Run an environment, which may draw from the random states of the process, without a trace in these.
+
+        Raises:
+            SettingsError: it draws from them while other threads run, whose random numbers would change.
+        """
+        if not accompanied():
+            with kept_randomness(seed):
+                yield
+            return
+        refusal = SettingsError(
+            f"{type(self).__name__} plays beside another thread, such as a collector's, and its environment or policy "
+            "draws from the random states that they share; measure with Observer(background=True), or let make_env "
+            'draw from a generator of its own, with exploration="deterministic"'
+        )
+        with undrawn(refusal):
+            yield
+
+    @contextmanager
     def _environment(self) -> Iterator[EnvBase]:
-        with kept_randomness():
+        with self.randomness():
             env = self.make_env()
             if not isinstance(env, EnvBase):
                 raise SettingsError(f"make_env gave a {type(env).__name__}, which is no TorchRL environment")
@@ -207,7 +228,7 @@ class _Stage:
         """Play one episode in each of the environment's lanes."""
         total = torch.zeros(self.env.batch_size.numel(), dtype=torch.float64)
         alive = torch.ones_like(total, dtype=torch.bool)
-        with kept_randomness(seed):  # environments and policies may draw from the global states
+        with self.how.randomness(seed):
             self.env.set_seed(seed)
             td = self.env.reset()
             for _ in range(self.how.max_steps):

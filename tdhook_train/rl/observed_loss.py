@@ -70,6 +70,11 @@ def observe_loss(loss: nn.Module, observer: Observer, *, optimizer: torch.optim.
         )
     if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
         raise SettingsError(f"optimizer={optimizer!r} is no torch optimizer")
+    if hasattr(loss, "_orig_mod"):
+        raise NetworkError(
+            "the loss is compiled already, which hooks on it do not reach; observe it first, compile it then: "
+            "loss = torch.compile(ObservedLoss(loss, observer, optimizer))"
+        )
     observer.attach(loss)
     if optimizer is not None:
         observer.optimizers.append(optimizer)
@@ -98,7 +103,7 @@ def ObservedLoss(loss: nn.Module, observer: Observer, optimizer: torch.optim.Opt
             mode with gradients enabled, which is wrong where gradients are accumulated over several calls.
 
     Raises:
-        NetworkError: no TorchRL loss, or one without networks.
+        NetworkError: no TorchRL loss, one without networks, or one that is compiled already.
         PathError: a method's layers match no module.
     """
     observe_loss(loss, observer, optimizer=optimizer)

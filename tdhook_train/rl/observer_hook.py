@@ -78,7 +78,8 @@ class ObserverHook(TrainerHookBase):
         return found | {"log_pbar": self.log_pbar} if found else None
 
     def _finish(self) -> None:
-        self.observer.finish()
+        if self.observer.subject is not None:  # else it was closed on the way, which is no fault
+            self.observer.finish()
 
     def _frames(self) -> int:
         return 0 if self._trainer is None else int(self._trainer.collected_frames)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Clock", "Times"]
+from torch import Tensor
+
+__all__ = ["Clock", "Times", "last_said"]
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,24 @@ class Clock:
     batches: int = 0
     seconds: float = 0.0
     before: Times | None = field(default=None)  # None until triggers were asked for the first time
-    fresh: dict[str, Any] = field(default_factory=dict, repr=False)  # rows measured since then, by name: key -> tensor
-    known: dict[str, Any] = field(default_factory=dict, repr=False)  # the rows before those
+    fresh: dict[str, list[Any]] = field(default_factory=dict, repr=False)  # rows since then, by name: key -> tensor
+    known: dict[str, Any] = field(default_factory=dict, repr=False)  # what the rows before said last
 
     @property
     def now(self) -> Times:
         """The present moment, frozen."""
         return Times(self.step, self.frames, self.epoch, self.batches, self.seconds)
 
+    def passed(self) -> None:
+        """Let the present moment pass without asking triggers; rows that have come are new to them later."""
+        self.before = self.now
+
     def asked(self) -> None:
         """Remember the present moment as the last at which triggers were asked."""
-        self.before = self.now
+        self.passed()
         if self.fresh:
-            self.known |= self.fresh
+            for name, rows in self.fresh.items():
+                self.known[name] = last_said([self.known.get(name, {}), *rows])
             self.fresh = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -58,3 +66,11 @@ class Clock:
             setattr(self, name, value)
         before = state.get("before", moment)
         self.before = None if before is None else Times(**before)
+
+
+def last_said(rows: Sequence[Mapping[Any, Tensor]]) -> dict[Any, Tensor]:
+    """Return the last value of each key that says something: that is not NaN throughout."""
+    found: dict[Any, Tensor] = {}
+    for row in rows:
+        found |= {key: value for key, value in row.items() if key not in found or not value.isnan().all()}
+    return found

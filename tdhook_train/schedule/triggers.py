@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, cast
 
 from torch import Tensor
@@ -37,9 +38,14 @@ class Trigger(ABC):
         return frozenset()
 
     @property
+    def scales(self) -> frozenset[str]:
+        """The scales of the clock that it goes by."""
+        return frozenset()
+
+    @property
     def everywhere(self) -> bool:
-        """Whether it is due at the same steps in every process of a training."""
-        return True
+        """Whether it is due at the same steps in every process of a training: clocks on the wall differ."""
+        return "seconds" not in self.scales
 
     def __or__(self, other: Trigger) -> Trigger:
         """Due when either is."""
@@ -63,6 +69,10 @@ class _Any(Trigger):
         return self.left.rows | self.right.rows
 
     @property
+    def scales(self) -> frozenset[str]:
+        return self.left.scales | self.right.scales
+
+    @property
     def everywhere(self) -> bool:
         return self.left.everywhere and self.right.everywhere
 
@@ -78,6 +88,10 @@ class _All(Trigger):
     @property
     def rows(self) -> frozenset[str]:
         return self.left.rows | self.right.rows
+
+    @property
+    def scales(self) -> frozenset[str]:
+        return self.left.scales | self.right.scales
 
     @property
     def everywhere(self) -> bool:
@@ -127,17 +141,17 @@ class Every(Trigger):
             return "frames" if self.total_frames is not None else "optim_steps"
         return next(name for name in _FIELD if getattr(self, name) is not None)
 
-    @property
-    def everywhere(self) -> bool:
-        """Clocks on the wall differ."""
-        return self.scale != "seconds"
-
     @cached_property
     def period(self) -> float:
         """The distance between boundaries, on that scale."""
         if self.fraction is not None:
             return self.fraction * float(self.total_frames or self.total_steps or 0)
         return float(getattr(self, self.scale))
+
+    @property
+    def scales(self) -> frozenset[str]:
+        """The scale that is counted."""
+        return frozenset([self.scale])
 
     def due(self, clock: Clock) -> bool:
         """Whether a multiple of the period was crossed."""
@@ -161,9 +175,9 @@ class At(Trigger):
         object.__setattr__(self, "of", of)
 
     @property
-    def everywhere(self) -> bool:
-        """Clocks on the wall differ."""
-        return self.of != "seconds"
+    def scales(self) -> frozenset[str]:
+        """The scale of the steps."""
+        return frozenset([self.of])
 
     def due(self, clock: Clock) -> bool:
         """Whether one of the steps was crossed."""
@@ -195,9 +209,9 @@ class Geometric(Trigger):
         return tuple(sorted({round(self.first * ratio ** (i / (self.n - 1))) for i in range(self.n)}))
 
     @property
-    def everywhere(self) -> bool:
-        """Clocks on the wall differ."""
-        return self.of != "seconds"
+    def scales(self) -> frozenset[str]:
+        """The scale of the steps."""
+        return frozenset([self.of])
 
     def due(self, clock: Clock) -> bool:
         """Whether one of the steps was crossed."""
@@ -209,7 +223,10 @@ class When(Trigger):
     """Due when a function of the clock says so, or when a value that was measured goes beyond a bound.
 
     ``When("health", "dormant", above=0.3)`` is due at each crossing: where a row's values are beyond the bound and
-    those of the row before were not. NaNs are left out.
+    those of the row before were not, and so once until they have come back. With ``fires="while"`` it is due all the
+    time that the last row is beyond, which is meant to be joined with a cadence:
+    ``Every(optim_steps=1000) & When("health", "dormant", above=0.3, fires="while")``. NaNs are left out; a row of
+    nothing else says nothing.
 
     Args:
         fn: a function of the clock, or the name of a row.
@@ -217,6 +234,7 @@ class When(Trigger):
         above: the upper bound, or
         below: the lower one.
         over: whether one of the artifact's values has to be beyond it (``"any"``), each (``"all"``), or their mean.
+        fires: at each ``"crossing"`` of the bound, or all the ``"while"`` that it is crossed.
     """
 
     fn: Callable[[Clock], bool] | str
@@ -225,6 +243,7 @@ class When(Trigger):
     above: float | None = None
     below: float | None = None
     over: Literal["any", "all", "mean"] = "any"
+    fires: Literal["crossing", "while"] = "crossing"
 
     def __post_init__(self) -> None:
         if callable(self.fn):
@@ -235,6 +254,8 @@ class When(Trigger):
             raise SettingsError(f"When needs a function of the clock, or {wanted}")
         elif self.over not in ("any", "all", "mean"):
             raise SettingsError(f"over={self.over!r}{did_you_mean(self.over, ('any', 'all', 'mean'))}")
+        elif self.fires not in ("crossing", "while"):
+            raise SettingsError(f"fires={self.fires!r}{did_you_mean(self.fires, ('crossing', 'while'))}")
 
     @property
     def rows(self) -> frozenset[str]:
@@ -247,27 +268,34 @@ class When(Trigger):
         return isinstance(self.fn, str)
 
     def due(self, clock: Clock) -> bool:
-        """Ask the function, or compare the row that is new with the one before.
+        """Ask the function, or compare each row that is new with the one before it that said something.
 
         Raises:
             KeyMissingError: the row has no such key; names the nearest.
         """
         if not isinstance(self.fn, str):
             return bool(self.fn(clock))
-        new = clock.fresh.get(self.fn)
-        return new is not None and self._beyond(new) and not self._beyond(clock.known.get(self.fn))
-
-    def _beyond(self, row: Mapping[Any, Tensor] | None) -> bool:
-        if row is None:
+        if self.fires == "crossing" and self.fn not in clock.fresh:
             return False
-        if self.key not in row:
+        every = [self._beyond(row) for row in (clock.known.get(self.fn), *clock.fresh.get(self.fn, ()))]
+        beyond = [False, *(one for one in every if one is not None)]
+        if self.fires == "while":
+            return beyond[-1]
+        return any(now and not before for before, now in pairwise(beyond if every[0] is None else beyond[1:]))
+
+    def _beyond(self, row: Mapping[Any, Tensor] | None) -> bool | None:
+        """Whether a row is beyond the bound; None where it says nothing."""
+        if row is None:
+            return None
+        key = tuple(self.key.split(".")) if isinstance(self.key, str) and self.key not in row else self.key
+        if key not in row:
             known = [".".join(key) if isinstance(key, tuple) else key for key in row]
             raise KeyMissingError(f"rows {self.fn!r} hold no {self.key!r}{did_you_mean(str(self.key), known)}")
-        values = row[self.key]
+        values = row[key]
         values = values if values.is_floating_point() else values.double()
         values = values[~values.isnan()]
         if not len(values):
-            return False
+            return None
         values = values.mean().reshape(1) if self.over == "mean" else values
         beyond = values > self.above if self.above is not None else values < cast(float, self.below)
         return bool(beyond.all() if self.over == "all" else beyond.any())

@@ -17,6 +17,8 @@ from tdhook_train.latent import (
     ActivationAddition,
     ActivationCache,
     ActivationPatching,
+    Cka,
+    LogisticProbe,
     RidgeProbe,
     SteeringVectors,
 )
@@ -40,6 +42,10 @@ class Case:
 
 def double(_layer, output):
     return output * 2
+
+
+def above_zero(td):
+    return td["input"][:, 0] > 0
 
 
 CASES = (
@@ -86,6 +92,13 @@ CASES = (
         frozenset(),
     ),
     Case(
+        LogisticProbe,
+        {"layers": ("0", "1"), "target": {"x": above_zero, "late": "late"}, "folds": 3, "shifts": 5},
+        {"C": 10.0},
+        {"folds": [1], "C": [0.0, -1.0, float("inf"), float("nan")], "shifts": [-1], "target": [(0,)]},
+        frozenset(LogisticProbe.writes),
+    ),
+    Case(
         RidgeProbe,
         {"layers": ("0", "1"), "target": {"x": ("input", 0), "y": "y"}, "folds": 3, "shifts": 19},
         {"alphas": (1.0, 10.0)},
@@ -128,6 +141,16 @@ CASES = (
         },
         frozenset(AblatedReturn.writes),
     ),
+    Case(
+        Cka,
+        {"layers": ("0", "1"), "to": ("initial", "previous", "layers"), "rows": 20},
+        {"to": "initial"},
+        {"to": ["before", ()], "rows": [3], "reference": [3, {}]},
+        frozenset(
+            [f"{what}_{to}" for what in ("cka", "reason") for to in ("initial", "previous", "layers")]
+            + ["few_rows", "inputs", ("activation", "0"), ("activation", "1")]
+        ),
+    ),
     Case(EffectiveRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(EffectiveRank.writes)),
 )
 
@@ -142,7 +165,10 @@ def mlp(*widths, activation=nn.Tanh):
 def batch(n=24, seed=0):
     g = torch.Generator().manual_seed(seed)
     x, y, plus, minus = (torch.randn(n, *width, generator=g) for width in ((3,), (), (3,), (3,)))
-    return TensorDict({"input": x, "y": y, ("positive", "input"): plus, ("negative", "input"): minus}, [n])
+    late = torch.arange(n) % 3
+    return TensorDict(
+        {"input": x, "y": y, "late": late, ("positive", "input"): plus, ("negative", "input"): minus}, [n]
+    )
 
 
 def measured(method, model, td, **known):

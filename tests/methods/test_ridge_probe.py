@@ -160,6 +160,19 @@ def test_the_null_is_the_38th_of_39_and_p_counts_the_score_itself():
     assert float(out["p"][0, 0]) == pytest.approx((1 + beaten) / 40)
 
 
+def test_the_null_of_fewer_shifts_than_a_test_needs_is_the_best_of_them():
+    td, groups = trajectories()
+    td["y"] = td["product"]
+    model = mlp(3, 6, 2)
+    for shifts in (1, 5):
+        probe = RidgeProbe(target="y", alphas=ALPHAS, shifts=shifts)
+        out = probed(td, groups, model, probe, generator=torch.Generator().manual_seed(5))
+        turned = circular_shifts(groups, shifts, torch.Generator().manual_seed(5))
+        value = model[0](td["input"]).detach()
+        best = max(max(by_scikit_learn(value, td["y"][s], fold_of(groups, 5))) for s in turned)
+        assert abs(float(out["r2_null"][0, 0]) - best) < 1e-5
+
+
 def test_the_null_is_calibrated_on_autocorrelated_trajectories_that_know_nothing_of_the_layer():
     g, tests, rejected = torch.Generator().manual_seed(0), 200, 0
     length, many = 30, 10

@@ -154,8 +154,9 @@ def test_an_error_of_one_method_leaves_no_half_row(policy: Any, tmp_path: Path) 
     observer = Observer({"bad": Broken(), "m": MeanWeight()}, when=At(0), into=tmp_path, on_error=policy)
     model = nn.Linear(3, 2)
     if policy == "raise":
-        with pytest.raises(ZeroDivisionError, match="on purpose"):
+        with pytest.raises(ZeroDivisionError, match="on purpose") as raised:
             observer.step(model, batch(), step=0)
+        assert raised.value.__notes__ == ["while 'bad' was measured at step 0"]
         assert list(observer.buffer) == []
     elif policy == "warn":
         with pytest.warns(UserWarning, match="measuring 'bad' at step 0 failed: broken on purpose"):
@@ -261,9 +262,44 @@ def test_a_probe_set_that_never_fills_is_said_at_the_end(tmp_path: Path) -> None
     with Observer({"m": MeanWeight()}, when=At(0), into=tmp_path, on=ProbeSet.first(frames=64)) as observer:
         model = nn.Linear(3, 2)
         observer.attach(model)
-        observer.step(model, step=0)
-        with pytest.warns(UserWarning, match=r"nothing was measured on ProbeSet\(0 of 64 frames so far\)"):
+        with pytest.warns(
+            UserWarning, match=r"step 0 is not measured on ProbeSet\(0 of 64 .*no more frames than the f"
+        ):
+            observer.step(model, step=0)
+        with pytest.warns(UserWarning, match=r"nothing was measured on ProbeSet\(0 of 64 .*ask for fewer frames"):
             observer.finish(step=1)
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_only_the_moment_that_never_comes_again_is_warned_of(later: bool, tmp_path: Path) -> None:
+    with Observer({"m": MeanWeight()}, when=At(0, 1), into=tmp_path, on=ProbeSet.first(frames=64)) as observer:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            observer.step(nn.Linear(3, 2), step=int(later))
+        assert len(said) == (not later)
+        assert len(observer.buffer.events("skip")) == 1
+
+
+def test_finishing_what_is_closed_is_said(tmp_path: Path) -> None:
+    observer = Observer({"m": MeanWeight()}, when=At(0), into=tmp_path)
+    observer.step(nn.Linear(3, 2), batch(), step=0)
+    observer.close()
+    with pytest.warns(UserWarning, match=r"finish\(\) before close\(\)"):
+        assert not observer.finish(step=1)
+
+
+@pytest.mark.parametrize("scale", ["frames", "epochs"])
+@pytest.mark.parametrize("told", [True, False])
+def test_a_scale_that_nobody_told_of_is_said_at_the_end(told: bool, scale: str, tmp_path: Path) -> None:
+    when = At(0) | (Every(**{scale: 5}) & At(3))
+    with Observer({"m": MeanWeight()}, when=when, into=tmp_path) as observer:
+        observer.step(
+            nn.Linear(3, 2), batch(), step=0, **{scale.removesuffix("s") if scale == "epochs" else scale: told}
+        )
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            observer.finish(step=1)
+        assert [f"what goes by {scale} was never due" in str(one.message) for one in said] == [True] * (not told)
 
 
 def test_one_observer_observes_one_model(tmp_path: Path) -> None:
@@ -285,6 +321,8 @@ def test_bad_settings_are_refused_when_made(tmp_path: Path) -> None:
         Observer({}, when=At(0), into=tmp_path)
     with pytest.raises(SettingsError, match="no Method"):
         Observer({"m": 3}, when=At(0), into=tmp_path)  # type: ignore[dict-item]
+    with pytest.raises(SettingsError, match=r"budget=0.05 is no Budget; e.g. budget=Budget\(overhead"):
+        Observer({"m": MeanWeight()}, when=At(0), into=tmp_path, budget=0.05)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="no trigger"):
         Observer({"m": MeanWeight()}, when=100, into=tmp_path)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="did you mean 'raise'"):

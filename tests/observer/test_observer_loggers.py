@@ -13,7 +13,7 @@ from torchrl.record import CSVLogger
 
 from tdhook_train import At, Every, Method, Observer
 from tdhook_train.errors import SettingsError
-from tdhook_train.observer.recorder import scalars
+from tdhook_train.observer.scalars import scalars
 from tdhook_train.ops.join import Measured
 
 
@@ -73,6 +73,22 @@ def test_a_line_is_a_mean_over_what_is_a_number():
     values = {"a": torch.tensor([1.0, torch.nan, 3.0]), ("n", "b"): torch.tensor(2.0), "k": torch.tensor(1)}
     row = Measured(values | {"rows": torch.ones(3)}, {"a": ("layer",), "rows": ("batch",)})
     assert scalars("x", row) == {"x/a": 2.0, "x/n.b": 2.0}
+
+
+def test_networks_and_targets_are_lines_of_their_own_and_layers_are_averaged():
+    layers, targets = ["actor.0", "actor.1", "q.0.0"], ["speed", "angle"]
+    r2 = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.9, torch.nan]])
+    values = {"r2": r2, "alpha": r2 + 1, ("q.0", "gap"): torch.tensor([1.0, 3.0])}
+    dims = {"r2": ("layer", "target"), "alpha": ("layer", "target"), ("q.0", "gap"): ("unit",)}
+    row = Measured(values, dims, {"layer": layers, "target": targets, "unit": ["a", "b"]})
+    found = scalars("probe", row, networks=["actor", "q.0"], shown=["r2", "gap"])
+    expected = {"r2/actor/speed": 0.2, "r2/actor/angle": 0.3, "r2/q.0/speed": 0.9, "q.0.gap": 2.0}
+    assert found == {f"probe/{key}": pytest.approx(value) for key, value in expected.items()}
+    one = Measured({"r2": r2[:2]}, {"r2": ("layer", "target")}, {"layer": ["0", "1"], "target": targets})
+    assert scalars("probe", one, networks=[""]) == {
+        "probe/r2/speed": pytest.approx(0.2),
+        "probe/r2/angle": pytest.approx(0.3),
+    }
 
 
 def test_rows_that_were_all_dropped_do_not_stop_a_run_that_goes_on(tmp_path):

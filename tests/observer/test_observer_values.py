@@ -120,6 +120,12 @@ def test_alerts_mark_the_time_axis_and_call_back(tmp_path):
     assert marks == [(2, "asleep"), (4, "four"), (5, "asleep"), (8, "asleep")]
 
 
+def test_an_alert_that_would_say_nothing_is_refused(tmp_path):
+    observer = Observer({"health": Scripted()}, when=EACH, into=tmp_path)
+    with observer, pytest.raises(SettingsError, match="an alert puts a mark or calls"):
+        observer.alert(At(4))
+
+
 def test_a_resumed_run_does_not_see_a_crossing_twice(tmp_path):
     model = nn.Linear(3, 1)
 
@@ -138,6 +144,90 @@ def test_a_resumed_run_does_not_see_a_crossing_twice(tmp_path):
         assert observer.buffer["other"].steps.tolist() == [2, 5, 8]
 
 
+@pytest.mark.parametrize("background", [False, 100])
+def test_who_goes_back_in_one_process_sees_a_crossing_again(background, tmp_path):
+    when = {"health": EACH, "other": When("health", "dormant", above=0.3)}
+    model = nn.Linear(3, 1)
+    methods = {"health": Scripted(), "other": Steps()}
+    with Observer(methods, when=when, into=tmp_path, background=background) as o:
+        empty = o.state_dict()
+        for _ in range(2):
+            run(o, 0, 4, model)
+            o.state_dict()  # waits for the rows
+            run(o, 4, 5, model)
+            o.finish(step=4)
+            assert o.buffer["other"].steps.tolist() == ([4] if background else [2, 4])
+            o.load_state_dict(empty)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_crossing_that_came_with_a_checkpoint_is_seen_after_it(resumed, tmp_path):
+    model, told = nn.Linear(3, 1), []
+
+    def observed() -> Observer:
+        observer = Observer({"health": Scripted()}, when=EACH, into=tmp_path, resume=True, background=100)
+        observer.alert(When("health", "dormant", above=0.3), call=lambda o: told.append(o.clock.step))
+        return observer
+
+    with observed() as observer:
+        run(observer, 0, 2, model)
+        observer.state_dict()  # whatever came by now,
+        observer.step(model, TensorDict(input=torch.zeros(4, 3), batch_size=[4]), step=2)
+        state = observer.state_dict()
+        assert told == []
+        if not resumed:
+            run(observer, 3, 4, model)
+    if resumed:
+        told.clear()  # closing told of it as well, behind the checkpoint
+        with observed() as observer:
+            observer.load_state_dict(state)
+            assert observer.state_dict() == state
+            run(observer, 3, 4, model)
+    assert told == [3]
+
+
+def test_a_crossing_among_rows_that_come_together_is_seen(tmp_path):
+    model, told = nn.Linear(3, 1), []
+    with Observer({"health": Scripted()}, when=EACH, into=tmp_path, background=100) as observer:
+        observer.alert(When("health", "dormant", above=0.3), call=lambda o: told.append(o.clock.step))
+        run(observer, 0, 1, model)
+        observer.state_dict()
+        with observer.pause():
+            run(observer, 1, 2, model)
+        assert told == []
+        worker = observer._ticks._worker
+        worker._exchange, exchange = (lambda **_: None), worker._exchange  # nothing comes for a while
+        run(observer, 2, 5, model)
+        worker._exchange = exchange
+        observer.state_dict()
+        assert observer.buffer["health"].series("dormant").flatten().tolist() == pytest.approx([0.1, 0.4, 0.5, 0.2])
+        with observer.pause():
+            run(observer, 5, 6, model)
+        assert told == []
+        run(observer, 6, 7, model)
+    assert told == [6]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_comes_when_an_observer_is_closed_alerts_too(background, tmp_path):
+    told = []
+    with Observer({"health": Scripted()}, when=EACH, into=tmp_path, background=background) as observer:
+        observer.alert(When("health", "dormant", above=0.3), mark="up", call=lambda o: told.append(o.close()))
+        run(observer, last=3)
+    assert told == [None]
+
+
+def test_the_last_weights_are_measured_once_whatever_follows_from_them(tmp_path):
+    when = {"health": EACH, "other": When("health", "dormant", above=0.3)}
+    told = []
+    with Observer({"health": Scripted(), "other": Steps()}, when=when, into=tmp_path) as observer:
+        observer.alert(When("health", "dormant", above=0.3), call=lambda o: told.append(o.clock.step))
+        run(observer, last=2)
+        observer.finish(step=2)
+        assert observer.buffer["other"].steps.tolist() == [2]
+    assert told == [2]
+
+
 @pytest.mark.parametrize(
     ("when", "said"),
     [
@@ -152,6 +242,37 @@ def test_triggers_that_mean_nothing_are_refused(when, said, tmp_path):
     with pytest.raises(SettingsError, match=said):
         Observer({"health": Scripted(), "other": Steps()}, when=when, into=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", [("a", "b"), "a.b"])
+def test_a_nested_key_may_be_written_as_errors_write_it(key):
+    clock, trigger = Clock(), When("health", key, above=1)
+    clock.fresh = {"health": [{("a", "b"): torch.ones(2, dtype=torch.bool)}]}
+    assert not trigger.due(clock)
+    clock.fresh = {"health": [{("a", "b"): torch.tensor(2)}]}
+    assert trigger.due(clock)
+
+
+def test_a_row_that_says_nothing_is_no_return_within_the_bound():
+    clock, trigger, due = Clock(), When("health", "x", above=0.3), []
+    for value in (0.9, float("nan"), 0.9):
+        clock.fresh = {"health": [{"x": torch.tensor([value])}]}
+        due.append(trigger.due(clock))
+        clock.asked()
+    assert due == [True, False, False]
+
+
+def test_a_cadence_goes_on_while_a_value_is_beyond_its_bound(tmp_path):
+    told: list[int] = []
+    # beyond at 2, 3, 5, 6 (which says nothing) and 8
+    beyond = When("health", "dormant", above=0.3, fires="while")
+    when = {"health": EACH, "other": Every(optim_steps=2) & beyond}
+    with Observer({"health": Scripted(), "other": Steps()}, when=when, into=tmp_path) as observer:
+        observer.alert(beyond, call=lambda o: told.append(o.clock.step))
+        run(observer)
+        # a cadence is asked before the row of its step: what is known then is the row before
+        assert observer.buffer["other"].steps.tolist() == [4, 6]
+    assert sorted(set(told)) == [2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_key_that_a_row_has_not_is_named(tmp_path):
@@ -169,12 +290,13 @@ def test_a_key_that_a_row_has_not_is_named(tmp_path):
         ("health", "x", {"above": 1, "below": 0}),
         (bool, "x"),
         ("a", "b", {"over": "most"}),
+        ("a", "b", {"fires": "often"}),
     ],
 )
 def test_half_a_bound_is_refused(given):
     named = given[-1] if isinstance(given[-1], dict) else {}
-    named = {"above": 1} | named if "over" in named else named
-    with pytest.raises(SettingsError, match=r"When|over="):
+    named = {"above": 1} | named if {"over", "fires"} & set(named) else named
+    with pytest.raises(SettingsError, match=r"When|over=|fires="):
         When(*[part for part in given if not isinstance(part, dict)], **named)
 
 

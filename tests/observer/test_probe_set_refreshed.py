@@ -148,7 +148,7 @@ def test_a_resumed_run_gives_the_rows_of_an_uninterrupted_one(stop, tmp_path):
     """Checkpoints before a refresh, while it waits for frames, and after it."""
 
     def on(collector):
-        return {"then": ProbeSet.first(collector, frames=8, refresh=Every(frames=16))}
+        return {"then": ProbeSet.first(collector, frames=8, refresh=Every(frames=16)), "now": "collected"}
 
     def observer(name, collector, **options):
         into = tmp_path / name
@@ -157,7 +157,8 @@ def test_a_resumed_run_gives_the_rows_of_an_uninterrupted_one(stop, tmp_path):
     model, collector = nn.Linear(3, 2), Collector()
     with observer("whole", collector) as whole:
         train(whole, collector, 9, model)
-        expected = {key: whole.buffer["m.then"].series(key) for key in ("mean", ("meta", "data"), ("meta", "step"))}
+        keys = ("mean", "before", ("meta", "data"), ("meta", "step"))
+        expected = {(row, key): whole.buffer[row].series(key) for row in ("m.then", "m.now") for key in keys}
     collector = Collector()
     with observer("broken", collector) as broken:
         train(broken, collector, stop, model)
@@ -169,8 +170,8 @@ def test_a_resumed_run_gives_the_rows_of_an_uninterrupted_one(stop, tmp_path):
     with observer("broken", collector, resume=True) as again:
         again.load_state_dict(state)
         train(again, collector, 9, model, first=stop)
-        for key, value in expected.items():
-            assert torch.equal(again.buffer["m.then"].series(key), value), key
+        for (row, key), value in expected.items():
+            torch.testing.assert_close(again.buffer[row].series(key), value, rtol=0, atol=0, equal_nan=True)
 
 
 def test_without_a_checkpoint_the_version_of_the_last_row_is_taken(tmp_path):

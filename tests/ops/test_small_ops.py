@@ -212,7 +212,7 @@ def test_a_network_keeps_the_targets_it_gives_out():
 def test_activations_as_rows_and_units():
     image = torch.randn(2, 3, 4, 5)
     places = [image[b, :, h, w] for b in range(2) for h in range(4) for w in range(5)]
-    assert torch.equal(as_rows(image), torch.stack(places))
+    assert torch.equal(as_rows(image, 1), torch.stack(places))
     assert torch.equal(as_rows(torch.arange(12.0).view(2, 2, 3)), torch.arange(12.0).view(4, 3))
     assert as_rows(torch.ones(5)).shape == (5, 1)
     assert as_rows(torch.tensor(1.0)).shape == (1, 1)

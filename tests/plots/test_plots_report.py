@@ -127,6 +127,15 @@ def test_a_section_without_its_artifact_is_left_out_with_a_sentence(empty, tmp_p
     assert "can be read from each layer" not in text
 
 
+def test_without_a_probe_the_picture_is_filled_by_what_there_is(empty, tmp_path):
+    empty.declare("health", dims={"dead": ("layer",)}, coords={"layer": ["0", "1"]})
+    for step in (0, 10):
+        empty.append("health", {"dead": torch.full((2,), 0.5)}, step=step)
+    write_report(empty, tmp_path)
+    picture = imread(tmp_path / "report.png")
+    assert all(part.std() > 0.01 for part in (picture[200:850, 150:800], picture[200:850, 800:1400]))
+
+
 def test_a_run_without_rows_is_refused_before_anything_is_written(empty, tmp_path):
     empty.declare("probe", dims={"r2": ("layer", "target")}, coords={})
     with pytest.raises(KeyMissingError, match="holds no row to report on"):

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import threading
 from functools import partial
 
 import numpy as np
@@ -332,3 +333,78 @@ def test_training_ends_in_the_same_bits(tmp_path):
         assert identical(value, found[part]), part
     assert observer.buffer["zero"].series(("actor_network", "return_intact")).unique().numel() > 1
     observer.close()
+
+
+class Shaken(Paying):
+    """Draws from NumPy's random state, which no thread has to itself."""
+
+    def pays(self, td):
+        return td["action"] + float(np.random.rand())
+
+
+@pytest.fixture
+def beside():
+    """Another thread, which draws whenever it is told to."""
+    told, drawn, answers = threading.Semaphore(0), threading.Semaphore(0), []
+
+    def run():
+        while told.acquire() and answers is not None:
+            if ended:
+                return
+            answers.append(torch.rand(3))
+            drawn.release()
+
+    def draw():
+        told.release()
+        drawn.acquire()
+
+    ended = []
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield draw, answers
+    ended.append(True)
+    told.release()
+    thread.join()
+
+
+class Asking(Paying):
+    ask = None
+
+    def pays(self, td):
+        Asking.ask()
+        return super().pays(td)
+
+
+def test_beside_another_thread_the_same_returns_are_measured_and_its_draws_are_left_alone(beside, tmp_path):
+    draw, answers = beside
+    Asking.ask = draw
+    net = acting(linear_policy())
+    with Observer({"r": AblatedReturn(Asking, "module.0", episodes=2)}, when=At(0), into=tmp_path) as observer:
+        torch.manual_seed(5)
+        observer.step(net, states(), step=0)  # seven states are drawn as well
+        draw()
+        found = observer.buffer["r"].at(0)
+        assert torch.equal(found["return_ablated"], torch.zeros(1, 2).double())
+        assert (found["return_intact"] != 0).all()
+        assert len(answers) == 2 * 2 * LENGTH + 1
+    torch.manual_seed(5)
+    states()
+    assert torch.equal(torch.cat(answers), torch.cat([torch.rand(3) for _ in answers]))
+
+
+@pytest.mark.parametrize(
+    "options", [{"make_env": Noisy}, {"make_env": Shaken}, {"make_env": Paying, "exploration": "random"}], ids=repr
+)
+def test_drawing_beside_another_thread_is_refused_before_that_threads_numbers_change(options, beside):
+    draw, answers = beside
+    net = nn.Sequential(nn.Linear(OBS, 2), NormalParamExtractor())
+    body = TensorDictModule(net, ["observation"], ["loc", "scale"])
+    policy = ProbabilisticActor(body, ["loc", "scale"], distribution_class=TanhNormal)
+    td = TensorDict(observation=torch.zeros(2, OBS), batch_size=[2])
+    torch.manual_seed(5)
+    with pytest.raises(SettingsError, match=r"draws from the random states that they share; .*background=True"):
+        measured(AblatedReturn(layers=nn.Linear, **options), policy, td)
+    draw()
+    torch.manual_seed(5)
+    assert torch.equal(answers[0], torch.rand(3))
+    assert not Paying.opened

@@ -143,6 +143,7 @@ def observed_beside(collector: Collector, loss: LossModule, into: Any) -> tuple[
         return collector.replay_buffer[:], observer.buffer["knocks"].at(1)["actor_network", "change"]
 
 
+@pytest.mark.slow  # two threads share a core, or wait for each other's
 def test_frames_of_a_thread_that_collects_are_the_live_policys_own(tmp_path):
     policy, loss = deterministic()
     collector = in_a_thread(policy)
@@ -153,6 +154,7 @@ def test_frames_of_a_thread_that_collects_are_the_live_policys_own(tmp_path):
     assert change > 0.01  # what was measured acts otherwise
 
 
+@pytest.mark.slow  # two threads share a core, or wait for each other's
 def test_a_policy_that_collects_in_a_thread_goes_on_exploring(tmp_path):
     policy, loss = stochastic()
     collector = in_a_thread(policy)

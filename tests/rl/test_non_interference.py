@@ -20,7 +20,7 @@ from tdhook_train.rl.observed_loss import ObservedLoss
 from tdhook_train.rl.ppo import Ppo, make_ppo
 
 FRAMES, PER_BATCH = 3000, 1000
-ENVIRONMENTS = ["CartPole-v1", "InvertedDoublePendulum-v5"]
+ENVIRONMENTS = [pytest.param("CartPole-v1", marks=pytest.mark.slow), "InvertedDoublePendulum-v5"]
 
 
 def hook_count(ppo: Ppo) -> int:

@@ -216,6 +216,13 @@ def test_what_is_no_loss_is_refused(tmp_path: Path) -> None:
     observer.close()
 
 
+def test_a_loss_that_is_compiled_already_is_refused(tmp_path: Path) -> None:
+    with Observer({"p": RidgeProbe(target="action")}, when=At(0), into=tmp_path) as observer:
+        with pytest.raises(NetworkError, match=r"compiled already.*torch.compile\(ObservedLoss\(loss, observer"):
+            ObservedLoss(torch.compile(ppo(), backend="eager"), observer)
+        ObservedLoss(ppo(), observer)  # which the refusal left free to be observed
+
+
 def test_a_pattern_that_matches_no_network_is_refused_before_training(tmp_path: Path) -> None:
     observer = Observer({"p": RidgeProbe(layers="critic_netwrk.**", target="y")}, when=At(0), into=tmp_path)
     with pytest.raises(PathError, match=r"did you mean 'critic_network"):

@@ -96,8 +96,10 @@ def test_scalars_go_to_the_trainers_logger(observer):
     trainer = make_trainer(logger=Told(), log_interval=1)
     ObserverHook(observer).register(trainer)
     trainer.train()
-    told = [(value, step) for name, value, step in trainer.logger.lines if name == "rank/effective_rank"]
-    ranks = observer.buffer["rank"].series("effective_rank").mean(1).tolist()
+    told = [(value, step) for name, value, step in trainer.logger.lines if name == "rank/effective_rank/actor_network"]
+    rows = observer.buffer["rank"]
+    own = [i for i, layer in enumerate(rows.coords["layer"]) if layer.startswith("actor_network.")]
+    ranks = rows.series("effective_rank")[:, own].mean(1).tolist()
     assert told == [(pytest.approx(ranks[row]), step) for row, step in ((1, 200), (2, 400), (4, 600))]
 
 

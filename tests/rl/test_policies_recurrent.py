@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import InteractionType, TensorDictModule, TensorDictSequential, set_interaction_type
+from tensordict.nn.probabilistic import interaction_type
 from torch import nn
 from torch.testing import assert_close
 from torchrl.collectors import Collector
@@ -256,3 +257,26 @@ def test_hidden_states_are_layers_whose_rows_are_those_of_the_batch(tmp_path):
     assert_close(patched["normalised"][:, 0], torch.tensor([1.0, 0.0]))
     assert_close(patched["unit_normalised"][:, :, 0], torch.tensor([[1.0, 0, 0, 0, 0], [0.0] * 5]))
     observer.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_by_hand_a_memory_is_run_step_by_step_and_a_policy_acts_by_its_mode_as_in_an_observer(kind, tmp_path):
+    torch.manual_seed(0)
+    recurrent = memory(kind, default_recurrent_mode=True)
+    acting = policy(recurrent)
+    with set_recurrent_mode(False):
+        (td,) = collected(acting, recurrent)
+    most_likely = nn.functional.one_hot(td["logits"].argmax(-1), 2)
+    assert not torch.equal(td["action"], most_likely)  # as it was drawn
+    method = ActivationPatching(layers=nn.Linear, targets=[("logits", 0)], pairs=6)
+    with Observer({"one": method}, when=At(0), into=tmp_path, on="collected") as observer:
+        observer.collected(td)
+        observer.step(acting, step=0)
+        row = observer.buffer["one"].at(0)
+    with set_recurrent_mode(True), set_interaction_type(InteractionType.RANDOM), method.prepare(acting) as hooked:
+        found = hooked(td)
+        assert recurrent_mode() is True
+        assert interaction_type() is InteractionType.RANDOM
+    assert_close(found["logits"], td["logits"])
+    assert torch.equal(found["action"], most_likely)
+    assert_close(found["unit_effect"], row["unit_effect"], equal_nan=True)

@@ -17,7 +17,7 @@ from torchrl.record.loggers.csv import CSVLogger
 from tdhook_train import At, Every, Method, Observer, ProbeSet
 from tdhook_train.errors import RunExistsError
 from tdhook_train.health import EffectiveRank
-from tdhook_train.rl import ObservedLoss, ObserverHook
+from tdhook_train.rl import ObservedLoss, ObserverHook, networks
 
 # torchrl 0.14 says so of its own trainers
 pytestmark = pytest.mark.filterwarnings("ignore:The '(optimizer|post_loss)' hook stage will be replaced:FutureWarning")
@@ -136,19 +136,28 @@ def test_scalars_reach_the_trainers_logger_and_its_progress_bar(name, tmp_path):
         last: dict[int, float] = {}  # what was measured last when a batch was done
         trainer.register_op(
             "post_steps",
-            lambda: last.update({trainer.collected_frames: means(observer)[-1]}),
+            lambda: last.update({trainer.collected_frames: means(observer, first_network(trainer))[-1]}),
         )
         trainer.train()
-    (written,) = (tmp_path / "log").rglob("*effective_rank.csv")
+    network = first_network(trainer)
+    (written,) = (
+        path for path in (tmp_path / "log").rglob("*.csv") if str(path).endswith(f"effective_rank/{network}.csv")
+    )
     lines = [(int(float(step)), float(value)) for step, value in csv.reader(written.open())]
     assert lines == [(frames, pytest.approx(value)) for frames, value in last.items()]
     assert [frames for frames, _ in lines] == [PER_BATCH * (i + 1) for i in range(BATCHES)]
-    assert f"rank/effective_rank: {lines[-1][1]:4.4f}" in trainer._pbar.desc
+    assert f"rank/effective_rank/{network}: {lines[-1][1]:4.4f}" in trainer._pbar.desc
     trainer._pbar.close()
 
 
-def means(observer: Observer) -> list[float]:
-    return observer.buffer["rank"].series("effective_rank").double().mean(1).tolist()
+def first_network(trainer: Any) -> str:
+    return next(iter(networks(trainer.loss_module)))
+
+
+def means(observer: Observer, network: str) -> list[float]:
+    rows = observer.buffer["rank"]
+    own = [i for i, layer in enumerate(rows.coords["layer"]) if layer.startswith(f"{network}.")]
+    return rows.series("effective_rank")[:, own].double().mean(1).tolist()
 
 
 class Power(Exception):
