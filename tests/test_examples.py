@@ -126,3 +126,26 @@ def test_fabric_loop(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in out] == [f"step {step}" for step in (0, 100, 200, 300, 400)]
     assert float(r2.sel(step=400, layer="3")) > 0.8  # the hidden layers come to know the product
     assert float(r2.sel(step=400, layer="0")) < 0.2  # which is nothing linear
+
+
+def test_lightning_heads(tmp_path: Path) -> None:
+    out = [line for line in ran("lightning_heads", str(tmp_path)) if line.startswith("step ")]
+    closed = ArtifactBuffer.open(tmp_path)["patching"].series("normalised")
+    assert [line.split(":")[0] for line in out] == [f"step {step}" for step in range(0, 301, 50)]
+    assert closed.shape == (7, 4, 1)
+    assert closed[-1].amax() > 0.2 > closed[0].abs().amax()  # the heads come to carry the letter
+
+
+def test_lightning_cli(tmp_path: Path) -> None:
+    ran(
+        "lightning_cli",
+        "fit",
+        "--config",
+        str(EXAMPLES[0].parent / "lightning_cli.yaml"),
+        "--trainer.default_root_dir",
+        str(tmp_path),
+    )
+    with ArtifactBuffer.open(tmp_path / "tdhook" / "probe") as buffer:
+        assert buffer["probe"].steps.tolist() == [0, 20, 40, 60, 80, 100]
+    with ArtifactBuffer.open(tmp_path / "tdhook" / "attribution") as buffer:
+        assert buffer["attribution"][0]["attr", "input"].shape[0] == 32
