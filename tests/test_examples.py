@@ -109,3 +109,43 @@ def test_ppo_live_probing(tmp_path: Path) -> None:
     buffer = ArtifactBuffer.open(tmp_path / "run")
     assert buffer["probe"].steps.tolist() == [0, 100, 200, 300, 320]
     assert buffer["attribution"].coords["actor_network.target"] == ["loc"]
+
+
+def test_lightning_digits(tmp_path: Path) -> None:
+    out = ran("lightning_digits", str(tmp_path))
+    with ArtifactBuffer.open(tmp_path / "probe") as buffer:
+        r2 = buffer["probe"].to_xarray().r2.sel(layer="net.6", target="holes").values
+        assert buffer["probe"].steps.tolist() == [0, 40, 80, 120, 160, 174]
+    assert r2[-1] > r2[0] + 0.1  # it learns what the shapes have
+    assert out[-1] == str(tmp_path / "health" / "report.html")
+
+
+def test_fabric_loop(tmp_path: Path) -> None:
+    out = [line for line in ran("fabric_loop", str(tmp_path)) if line.startswith("step ")]
+    r2 = ArtifactBuffer.open(tmp_path)["probe"].to_xarray().r2.sel(target="product")
+    assert [line.split(":")[0] for line in out] == [f"step {step}" for step in (0, 100, 200, 300, 400)]
+    assert float(r2.sel(step=400, layer="3")) > 0.8  # the hidden layers come to know the product
+    assert float(r2.sel(step=400, layer="0")) < 0.2  # which is nothing linear
+
+
+def test_lightning_heads(tmp_path: Path) -> None:
+    out = [line for line in ran("lightning_heads", str(tmp_path)) if line.startswith("step ")]
+    closed = ArtifactBuffer.open(tmp_path)["patching"].series("normalised")
+    assert [line.split(":")[0] for line in out] == [f"step {step}" for step in range(0, 301, 50)]
+    assert closed.shape == (7, 4, 1)
+    assert closed[-1].amax() > 0.2 > closed[0].abs().amax()  # the heads come to carry the letter
+
+
+def test_lightning_cli(tmp_path: Path) -> None:
+    ran(
+        "lightning_cli",
+        "fit",
+        "--config",
+        str(EXAMPLES[0].parent / "lightning_cli.yaml"),
+        "--trainer.default_root_dir",
+        str(tmp_path),
+    )
+    with ArtifactBuffer.open(tmp_path / "tdhook" / "probe") as buffer:
+        assert buffer["probe"].steps.tolist() == [0, 20, 40, 60, 80, 100]
+    with ArtifactBuffer.open(tmp_path / "tdhook" / "attribution") as buffer:
+        assert buffer["attribution"][0]["attr", "input"].shape[0] == 32

@@ -2,6 +2,7 @@
 
 from tdhook_train.latent.ablate import Ablate
 from tdhook_train.latent.activation_addition import ActivationAddition
+from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
 from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
@@ -11,6 +12,7 @@ from tdhook_train.latent.steering_vectors import SteeringVectors
 __all__ = [
     "Ablate",
     "ActivationAddition",
+    "ActivationCache",
     "ActivationPatching",
     "Cka",
     "LogisticProbe",

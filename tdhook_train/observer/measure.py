@@ -65,13 +65,17 @@ class Row:
     cost_s: float
 
 
-def rows_of(methods: Mapping[str, Method | Sequence[Method]]) -> dict[str, tuple[Method, ...]]:
+def rows_of(methods: Mapping[str, Method | Sequence[Method]], *, none: bool = False) -> dict[str, tuple[Method, ...]]:
     """Bring what a user asks for to one form: the methods of each row.
+
+    Args:
+        methods: as the user gave them.
+        none: whether there may be none, since there is something else to do.
 
     Raises:
         SettingsError: nothing to measure, or something that is no method.
     """
-    if not isinstance(methods, Mapping) or not methods:
+    if not isinstance(methods, Mapping) or not (methods or none):
         raise SettingsError('an observer needs methods, e.g. {"probe": RidgeProbe(target="action")}')
     grouped: dict[str, tuple[Method, ...]] = {}
     for name, given in methods.items():

@@ -100,7 +100,7 @@ class Observer:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.methods = rows_of(methods)
+        self.methods = rows_of(methods, none=bool(edits))
         if on_error not in ("raise", "warn", "skip"):
             raise SettingsError(f"on_error={on_error!r}{did_you_mean(on_error, ('raise', 'warn', 'skip'))}")
         if budget is not None and not isinstance(budget, Budget):
@@ -129,7 +129,13 @@ class Observer:
 
     # ------------------------------------------------------------------ what is observed
 
-    def attach(self, model: nn.Module, *, in_keys: list[str] | None = None, out_keys: list[str] | None = None) -> None:
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        in_keys: list[str] | Mapping[str, str] | None = None,
+        out_keys: list[str] | None = None,
+    ) -> None:
         """Begin to observe a model: check what can be checked now, and remember its weights as the initial ones.
 
         Called by the first :meth:`step` where nobody called it before; front doors call it when they are made.
@@ -161,6 +167,7 @@ class Observer:
         step: int | None = None,
         frames: int | None = None,
         epoch: int | None = None,
+        batches: int | None = None,
     ) -> bool:
         """Say where the training is, and measure where that is due.
 
@@ -170,6 +177,7 @@ class Observer:
             step: optimizer steps behind the present weights; one more than the last time where it is not given.
             frames: environment frames so far, where they have changed.
             epoch: likewise.
+            batches: trained on so far; one more than the last time where it is not given.
 
         Returns:
             Whether rows were committed; in the background, whether they will be.
@@ -178,7 +186,7 @@ class Observer:
         clock.step = step if step is not None else clock.step + (clock.before is not None)
         clock.frames = clock.frames if frames is None else frames
         clock.epoch = clock.epoch if epoch is None else epoch
-        clock.batches += 1
+        clock.batches = clock.batches + 1 if batches is None else batches
         clock.seconds = self.meter.elapsed_s
         self._ticks.live["batch"] = batch if self._ticks.sources.wants("batch") else None
         self._ticks.take()

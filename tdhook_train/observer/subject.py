@@ -33,7 +33,12 @@ class Subject:
         out_keys: likewise.
     """
 
-    def __init__(self, model: nn.Module, in_keys: list[str] | None = None, out_keys: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        in_keys: list[str] | Mapping[str, str] | None = None,
+        out_keys: list[str] | None = None,
+    ) -> None:
         self.model = model
         self.is_loss = is_loss(model)
         self.view: View = isolated(model)
@@ -69,7 +74,7 @@ class Subject:
         """Return what another process needs: private copies of the networks, which hold what :meth:`take` gave them."""
         copies = {name: private_copy(hooked.module) for name, hooked in self.networks.items()}
         networks = {
-            name: HookedModel(copies[name], hooked.in_keys, hooked.out_keys, name=name)
+            name: HookedModel(copies[name], hooked.takes, hooked.out_keys, name=name)
             for name, hooked in self.networks.items()
         }
         return vars(self) | {"model": None, "view": CopiesView(copies), "networks": networks}
@@ -92,7 +97,7 @@ class Subject:
             warnings.warn(f"no baseline at initialisation: {error}", stacklevel=2)
             return
         self.initial = {
-            name: HookedModel(copy, self.networks[name].in_keys, self.networks[name].out_keys, name=name)
+            name: HookedModel(copy, self.networks[name].takes, self.networks[name].out_keys, name=name)
             for name, copy in copies.items()
         }
 

@@ -42,6 +42,11 @@ class Trigger(ABC):
         """The scales of the clock that it goes by."""
         return frozenset()
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether it is due at the same steps in every process of a training: clocks on the wall differ."""
+        return "seconds" not in self.scales
+
     def __or__(self, other: Trigger) -> Trigger:
         """Due when either is."""
         return _Any(self, other)
@@ -67,6 +72,10 @@ class _Any(Trigger):
     def scales(self) -> frozenset[str]:
         return self.left.scales | self.right.scales
 
+    @property
+    def everywhere(self) -> bool:
+        return self.left.everywhere and self.right.everywhere
+
 
 @dataclass(frozen=True)
 class _All(Trigger):
@@ -83,6 +92,10 @@ class _All(Trigger):
     @property
     def scales(self) -> frozenset[str]:
         return self.left.scales | self.right.scales
+
+    @property
+    def everywhere(self) -> bool:
+        return self.left.everywhere and self.right.everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +261,11 @@ class When(Trigger):
     def rows(self) -> frozenset[str]:
         """The row it goes by."""
         return frozenset([self.fn]) if isinstance(self.fn, str) else frozenset()
+
+    @property
+    def everywhere(self) -> bool:
+        """A function may say anything; a row is known where it is measured, which is what it follows."""
+        return isinstance(self.fn, str)
 
     def due(self, clock: Clock) -> bool:
         """Ask the function, or compare each row that is new with the one before it that said something.

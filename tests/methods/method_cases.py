@@ -15,6 +15,7 @@ from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
 from tdhook_train.latent import (
     Ablate,
     ActivationAddition,
+    ActivationCache,
     ActivationPatching,
     Cka,
     LogisticProbe,
@@ -75,6 +76,13 @@ CASES = (
         {"to": 0.0},
         {"units": [(), (-1,), (0.5,)], "to": ["mean", (None,)]},
         frozenset(),
+    ),
+    Case(
+        ActivationCache,
+        {"layers": ("0", "1"), "rows": 5},
+        {"rows": None},
+        {"rows": [0]},
+        frozenset({("activation", "0"), ("activation", "1")}),
     ),
     Case(
         SteeringVectors,

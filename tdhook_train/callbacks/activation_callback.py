@@ -1,0 +1,26 @@
+"""The activations of a model in a fit, kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tdhook_train.callbacks.observer_callback import ObserverCallback
+from tdhook_train.hooks import Selection
+from tdhook_train.latent import ActivationCache
+
+__all__ = ["ActivationCallback"]
+
+
+class ActivationCallback(ObserverCallback):
+    """Streams activations to the buffer while a model is fitted: a row a measurement, with values for some inputs.
+
+    Args:
+        layers: paths, patterns, module classes or predicates.
+        keep: inputs whose activations are kept at each measurement, spread evenly over the batch; all if None.
+        options: of :class:`ObserverCallback`; an :class:`~tdhook_train.ArtifactBuffer` of your own bounds what is kept.
+    """
+
+    def __init__(
+        self, layers: Selection = "**", *, keep: int | None = 64, name: str = "activations", **options: Any
+    ) -> None:
+        super().__init__(ActivationCache(layers, keep), name=name, **options)

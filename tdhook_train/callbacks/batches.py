@@ -1,0 +1,77 @@
+"""Batches of any make as TensorDicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from tdhook_train.errors import KeyMissingError, SettingsError, did_you_mean
+
+__all__ = ["Inputs", "as_tensordict", "first_rows", "in_keys"]
+
+Inputs = str | Sequence[str] | Mapping[str, str] | None
+
+_NAMES = ("input", "target")  # of the parts of a tuple
+
+
+def as_tensordict(batch: Any) -> TensorDict:
+    """Name the parts of a batch.
+
+    Args:
+        batch: a tensor becomes ``input``; of a tuple the first part ``input``, the second ``target``, others by number;
+            a mapping keeps its keys; a TensorDict is taken as it is. What is no tensor with one row an item is left
+            out.
+
+    Raises:
+        SettingsError: nothing is left.
+    """
+    if isinstance(batch, TensorDictBase):
+        return batch if batch.batch_dims else batch.auto_batch_size_(1)
+    found = {name: value for name, value in _parts(batch).items() if isinstance(value, Tensor) and value.ndim}
+    rows = {len(value) for value in list(found.values())[:1]}
+    found = {name: value for name, value in found.items() if len(value) in rows}
+    if not found:
+        raise SettingsError(f"a batch of type {type(batch).__name__} holds no tensor with one row an item")
+    return TensorDict(found, batch_size=[rows.pop()])
+
+
+def _parts(batch: Any) -> dict[str, Any]:
+    if isinstance(batch, Mapping):
+        return {str(name): value for name, value in batch.items()}
+    if hasattr(batch, "_asdict"):
+        return dict(batch._asdict())
+    if isinstance(batch, list | tuple):
+        return {_NAMES[i] if i < len(_NAMES) else str(i): part for i, part in enumerate(batch)}
+    return {_NAMES[0]: batch}
+
+
+def in_keys(batch: TensorDictBase, inputs: Inputs) -> list[str] | dict[str, str]:
+    """Say which keys a model's ``forward`` takes: the first one, unless ``inputs`` names others.
+
+    Raises:
+        KeyMissingError: a key that the batch has not.
+    """
+    keys = list(map(str, batch.keys()))
+    if inputs is None:
+        return keys[:1]
+    wanted = dict(inputs) if isinstance(inputs, Mapping) else [inputs] if isinstance(inputs, str) else list(inputs)
+    for key in wanted:
+        if key not in keys:
+            raise KeyMissingError(f"inputs={inputs!r}: the batch has no {key!r}{did_you_mean(key, keys)}")
+    return wanted
+
+
+def first_rows(batches: Any, rows: int) -> TensorDict:
+    """Take the first rows of an iterable of batches, without changing what it would draw for others."""
+    taken: list[TensorDict] = []
+    for batch in batches:
+        taken.append(as_tensordict(batch))
+        if sum(len(td) for td in taken) >= rows:
+            break
+    if not taken:
+        raise SettingsError("the dataloader of the probe set gave no batch")
+    return torch.cat(taken)[:rows]

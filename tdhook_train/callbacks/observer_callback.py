@@ -1,0 +1,315 @@
+"""An observer as a callback of Lightning's Trainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from typing_extensions import override
+
+from tdhook_train.callbacks.batches import Inputs, as_tensordict, first_rows, in_keys
+from tdhook_train.callbacks.cadence import Moment, by_default, trigger
+from tdhook_train.callbacks.pictures import show
+from tdhook_train.callbacks.ranks import Ranks
+from tdhook_train.errors import did_you_mean
+from tdhook_train.isolation import in_place
+from tdhook_train.method import Method
+from tdhook_train.observer import Observer, ProbeSet
+from tdhook_train.observer.ticks import OnError
+from tdhook_train.schedule import Trigger
+from tdhook_train.undo import Undo
+
+__all__ = ["ObserverCallback"]
+
+
+class ObserverCallback(Callback):
+    """Measures a LightningModule while it is fitted; the fit ends in the same bits as without.
+
+    The live module is measured in place, in evaluation mode and under a guard, after the optimizer step: a row of step
+    k has the weights of a checkpoint of step k (``trainer.global_step``). Step 0 is measured before the first batch.
+
+    Args:
+        methods: what to measure: a method, several, or a mapping of the names of rows to either.
+        every_n_train_steps: optimizer steps between measurements, or
+        every_n_epochs: epochs between them, or
+        train_time_interval: wall time between them, or
+        when: any trigger of :mod:`tdhook_train.schedule`. By default step 0 and every 2 % of the fit.
+        at: measure after optimizer steps, or at the end of each validation of the fit (then there is no cadence to
+            give), on the last batch validated where no other is given.
+        weights: which ones: those that are trained, or the running average of a
+            :class:`~lightning.pytorch.callbacks.WeightAveraging` callback, under a run's name that ends in
+            ``-average``.
+        batch: what to measure on, always the same; as the training has it. The batch in training, if None.
+        dataloader: takes the first ``rows`` of it for this, before the fit.
+        rows: of the probe set that a dataloader gives.
+        inputs: the keys of a batch that ``forward`` takes, in order, or a mapping of keys to names of its arguments;
+            the first by default. A tuple's parts are ``input``, ``target``, ``2``, …; a mapping keeps its keys.
+        groups: of a probe set, which rows belong together: a key of it or a tensor. Without, rows are independent.
+        dirpath: folder of the run; by default ``tdhook/<name>`` in the trainer's ``log_dir``.
+        log_metrics: tell the trainer's loggers the mean of each key, and put it into ``trainer.callback_metrics``.
+        report: write the report of the run, a page and a picture, at the end of the fit, and give the picture to the
+            loggers that take one; needs the ``plots`` extra.
+        on_error: an error of a method stops the fit, warns, or is only recorded.
+        name: of the run's folder and, with two of these callbacks, what tells their checkpoints apart.
+        settings: further ones of :class:`~tdhook_train.observer.Observer`: ``budget``, ``seed``, ``edits``, …
+
+    Raises:
+        MisconfigurationException: more than one cadence, or both a batch and a dataloader.
+    """
+
+    def __init__(  # noqa: PLR0913 - what users of Lightning's callbacks expect
+        self,
+        methods: Method | Sequence[Method] | Mapping[str, Method | Sequence[Method]],
+        *,
+        every_n_train_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        train_time_interval: timedelta | None = None,
+        when: Trigger | None = None,
+        at: Moment = "training",
+        weights: Literal["live", "average"] = "live",
+        batch: Any = None,
+        dataloader: Iterable[Any] | None = None,
+        rows: int = 2048,
+        inputs: Inputs = None,
+        groups: str | Tensor | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
+        log_metrics: bool = True,
+        report: bool = False,
+        on_error: OnError = "raise",
+        name: str = "observer",
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        _refuse_unknown(at=at, weights=weights)
+        if batch is not None and dataloader is not None:
+            raise MisconfigurationException(f"{type(self).__name__} takes a batch or a dataloader, not both")
+        self.name = name if weights == "live" else f"{name}-average"
+        self.at, self.weights = at, weights
+        self.methods = dict(methods) if isinstance(methods, Mapping) else {name: methods}
+        self.when = trigger(
+            every_n_train_steps=every_n_train_steps,
+            every_n_epochs=every_n_epochs,
+            train_time_interval=train_time_interval,
+            when=when,
+            at=at,
+        )
+        self.log_metrics, self.report = log_metrics, report
+        self._on = (batch, dataloader, rows, groups)
+        self._inputs = inputs
+        self._dirpath = dirpath
+        self._settings = {"on_error": on_error, **settings}
+        self.observer: Observer | None = None
+        self._fixed: ProbeSet | None = None
+        self._ranks: Ranks | None = None  # none outside a fit
+        self._restored: dict[str, Any] | None = None
+        self._state: dict[str, Any] | None = None  # of the last fit
+        self._goes_on = False
+        self._last: Any = None  # batch of the training
+        self._batches = 0  # trained on
+        self._begun = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    # ------------------------------------------------------------------ the fit
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begun = False
+        if getattr(trainer, "fast_dev_run", 0):
+            return
+        self._ranks = Ranks(trainer, self.when or by_default(trainer))
+        self._fixed = self._settled(trainer, pl_module)
+        if self._ranks.first:
+            self._goes_on = self._restored is not None or self._state is not None
+
+    def _settled(self, trainer: Trainer, pl_module: LightningModule) -> ProbeSet | None:
+        batch, dataloader, rows, groups = self._on
+        if dataloader is not None:
+            with in_place(pl_module, seed=0):  # a DataLoader draws its base seed, whether it shuffles or not
+                batch = first_rows(dataloader, rows)
+        if batch is None:
+            return None
+        td = as_tensordict(trainer.precision_plugin.convert_input(batch))
+        return ProbeSet(td, groups="rows" if groups is None else groups)
+
+    def _folder(self, trainer: Trainer) -> Path:
+        if self._dirpath is not None:
+            return Path(self._dirpath)
+        return Path(trainer.log_dir or trainer.default_root_dir) / "tdhook" / self.name
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batches = int(self._restored["clock"]["batches"]) if self._restored else 0
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.at == "validation":
+            self._last = batch
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.at == "validation":
+            self._step(trainer, pl_module, self._last)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._begun:
+            self._begun = True
+            if trainer.global_step == 0 and self.at == "training":
+                self._step(trainer, pl_module, batch)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batches += 1
+        if self.at == "training":
+            self._step(trainer, pl_module, batch)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.at == "training":
+            self._step(trainer, pl_module, self._last, epoch=trainer.current_epoch + 1)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._ranks is None:
+            return
+        with self._ranks.together() if self._ranks.several else nullcontext():
+            if self.observer is not None:
+                with trainer.precision_plugin.forward_context():
+                    self.observer.finish(step=trainer.global_step)
+                self._tell(trainer)
+                if self.report:
+                    self._show(trainer, self.observer)
+        self._close()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.observer is not None:
+            self.observer.__exit__(type(exception), exception, exception.__traceback__)
+        self._last = self._ranks = self.observer = None
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.observer is not None:
+            self._state = self.observer.state_dict()
+            self.observer.close()
+        self._last = self._ranks = self.observer = None
+
+    # ------------------------------------------------------------------ a moment
+
+    def _step(self, trainer: Trainer, pl_module: LightningModule, batch: Any, epoch: int | None = None) -> None:
+        ranks = self._ranks
+        if ranks is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        self._last = batch
+        epoch = trainer.current_epoch if epoch is None else epoch
+        td = None if self._fixed else as_tensordict(batch)
+        if not ranks.due(trainer.global_step, epoch, self._batches):
+            self._observe(trainer, pl_module, td, epoch)
+            return
+        with ranks.together():
+            self._observe(trainer, pl_module, td if td is None else ranks.whole(td), epoch)
+
+    def _observe(self, trainer: Trainer, pl_module: LightningModule, td: TensorDictBase | None, epoch: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        model = pl_module if self.weights == "live" else _average(trainer)
+        if self.observer is None:
+            known = td if self._fixed is None else self._fixed.td
+            self.observer = self._opened(trainer, model, cast(TensorDictBase, known))
+        with trainer.precision_plugin.forward_context():
+            if self.observer.step(model, td, step=trainer.global_step, epoch=epoch, batches=self._batches):
+                self._tell(trainer)
+
+    def methods_for(self, batch: TensorDictBase) -> Mapping[str, Method | Sequence[Method]]:  # noqa: ARG002
+        """Say what to measure, once it is known on what."""
+        return self.methods
+
+    def _opened(self, trainer: Trainer, model: nn.Module, batch: TensorDictBase) -> Observer:
+        observer = Observer(
+            self.methods_for(batch),
+            when=cast(Ranks, self._ranks).when,
+            into=self._folder(trainer),
+            on=self._fixed or "batch",
+            loggers=list(trainer.loggers) if self.log_metrics else (),
+            resume=self._goes_on,
+            **self._settings,
+        )
+        with Undo() as undo:
+            undo.callback(observer.close)
+            observer.optimizers[:] = trainer.optimizers
+            observer.attach(model, in_keys=in_keys(batch, self._inputs))
+            if self._restored is not None:
+                observer.load_state_dict(self._restored)
+                self._restored = None
+            undo.pop_all()
+        return observer
+
+    def _tell(self, trainer: Trainer) -> None:
+        if self.log_metrics and self.observer is not None:
+            found = {key: torch.tensor(value) for key, value in self.observer.scalars.items()}
+            trainer.callback_metrics.update(found)
+
+    def _show(self, trainer: Trainer, observer: Observer) -> None:
+        from tdhook_train.plots import write_report  # brings plotly and matplotlib along
+
+        page = write_report(observer.buffer, observer.buffer.path, title=self.name)
+        for logger in trainer.loggers:
+            show(logger, self.name, page.with_suffix(".png"), trainer.global_step)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._state or {} if self.observer is None else self.observer.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict or None
+
+
+def _refuse_unknown(**given: str) -> None:
+    known = {"at": ("training", "validation"), "weights": ("live", "average")}
+    for setting, value in given.items():
+        if value not in known[setting]:
+            raise MisconfigurationException(f"{setting}={value!r}{did_you_mean(str(value), known[setting])}")
+
+
+def _average(trainer: Trainer) -> nn.Module:
+    """Return the module that holds the averaged weights.
+
+    Raises:
+        MisconfigurationException: no callback averages them.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for held in vars(callback).values():
+            if isinstance(held, AveragedModel):
+                return held.module
+    raise MisconfigurationException("weights='average' needs a callback that averages them, such as WeightAveraging")

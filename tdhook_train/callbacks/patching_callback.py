@@ -1,0 +1,28 @@
+"""Which parts of a model in a fit carry an output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tdhook_train.callbacks.observer_callback import ObserverCallback
+from tdhook_train.hooks import Selection
+from tdhook_train.latent import ActivationPatching
+
+__all__ = ["PatchingCallback"]
+
+
+class PatchingCallback(ObserverCallback):
+    """Exact effects of replacing layers and units by their values in paired rows, while a model is fitted.
+
+    Args:
+        layers: paths, patterns, module classes or predicates of the layers to patch.
+        metric: an output, a feature of one, a function of the outputs, or several: ``targets`` of
+            :class:`~tdhook_train.latent.ActivationPatching`.
+        pairs: number of paired rows.
+        options: of :class:`ObserverCallback`.
+    """
+
+    def __init__(
+        self, layers: Selection = "**", metric: Any = None, pairs: int = 64, *, name: str = "patching", **options: Any
+    ) -> None:
+        super().__init__(ActivationPatching(layers, metric, pairs), name=name, **options)
