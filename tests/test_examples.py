@@ -111,6 +111,7 @@ def test_ppo_live_probing(tmp_path: Path) -> None:
     assert buffer["attribution"].coords["actor_network.target"] == ["loc"]
 
 
+@pytest.mark.slow
 def test_lightning_digits(tmp_path: Path) -> None:
     out = ran("lightning_digits", str(tmp_path))
     with ArtifactBuffer.open(tmp_path / "probe") as buffer:

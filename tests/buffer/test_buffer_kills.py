@@ -174,6 +174,7 @@ def taken(artifact, way):
         return torch.empty(0, 1)
 
 
+@pytest.mark.slow
 def test_a_reader_takes_5000_whole_rows_of_a_fast_writer_that_also_drops_and_truncates(start, path):
     process = start(FAST, path / "a", path / "b")
     process.stdout.readline()

@@ -362,7 +362,8 @@ def test_a_script_needs_no_guard_and_its_own_classes_are_measured_with(tmp_path)
     assert done.stdout.splitlines() == ["begun", "[1, 2]"]  # once, and it ended without close()
 
 
-@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_a_training_that_is_interrupted_or_killed_takes_its_process_along(sent, tmp_path):
     (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "run"), "wait"]
