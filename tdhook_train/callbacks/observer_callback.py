@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -197,7 +196,7 @@ class ObserverCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._ranks is None:
             return
-        with self._ranks.together() if self._ranks.several else nullcontext():
+        with self._ranks.together():
             if self.observer is not None:
                 with trainer.precision_plugin.forward_context():
                     self.observer.finish(step=trainer.global_step)

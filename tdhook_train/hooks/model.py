@@ -243,11 +243,6 @@ class HookedModel:
         return any(means(path, module) for path, module in walk(self.module) for means in wanted)
 
     @property
-    def takes(self) -> list[NestedKey] | dict[NestedKey, str]:
-        """The in_keys as they were given: a mapping where they are keyword arguments."""
-        return self._keywords or self.in_keys
-
-    @property
     def title(self) -> str:
         """What errors call this model."""
         return self.name or type(self.module).__name__

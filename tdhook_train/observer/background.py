@@ -20,7 +20,7 @@ import cloudpickle
 from tdhook_train.errors import NetworkError, WorkerError
 from tdhook_train.observer.measure import Rows
 from tdhook_train.observer.sources import Source
-from tdhook_train.observer.station import LastRows
+from tdhook_train.observer.station import OfData
 from tdhook_train.observer.subject import Subject
 from tdhook_train.observer.worker import BEGUN, Due, Job, Outcome, Start
 
@@ -53,7 +53,7 @@ class Background:
         self.inbox: deque[Outcome] = deque()  # what was measured, in order
         self._waiting = waiting
         self._fixed: dict[str, int] = {}  # fingerprints of the fixed sources that the worker has
-        self._back: Mapping[str, LastRows] | None = None
+        self._back: Mapping[str, OfData] | None = None
         self._begun = 0  # 1 when the process runs, 2 when it knows what to measure
         self._due = True  # whether a message is to come
         ours, theirs = socket.socketpair()
@@ -129,7 +129,7 @@ class Background:
         while wait and (self._outbox or (self._due and self._begun == 2)):
             self._exchange(wait=True)
 
-    def go_back(self, last: Mapping[str, LastRows]) -> None:
+    def go_back(self, last: Mapping[str, OfData]) -> None:
         """Forget the ticks before, but for these rows, by source: as going back to a checkpoint needs."""
         self._back = last
 

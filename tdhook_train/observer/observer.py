@@ -190,11 +190,12 @@ class Observer:
         clock.seconds = self.meter.elapsed_s
         self._ticks.live["batch"] = batch if self._ticks.sources.wants("batch") else None
         self._ticks.take()
-        if not self._closed:
-            self._ticks.sources.refresh(clock)
-        if self._closed or self._paused:
-            if not self._closed:
-                self._rounds.keep(model)
+        if self._closed:
+            clock.passed()
+            return False
+        self._ticks.sources.refresh(clock)
+        if self._paused:
+            self._rounds.keep(model)
             clock.passed()
             return False
         return self._rounds.go(model)

@@ -12,7 +12,7 @@ from tdhook_train.errors import RunExistsError, SettingsError
 from tdhook_train.method import Method
 from tdhook_train.observer.measure import Row
 from tdhook_train.observer.scalars import scalars
-from tdhook_train.observer.station import LastRows, Measurement
+from tdhook_train.observer.station import Measurement, OfData
 
 __all__ = ["Recorder"]
 
@@ -72,7 +72,7 @@ class Recorder:
         settings = [method.settings() for method in methods]
         self.buffer.declare(name, dims=row.measured.dims, coords=labels, settings=settings, legend=legend)
 
-    def last(self, source: str, *, fixed: bool) -> LastRows:
+    def last(self, source: str, *, fixed: bool) -> OfData:
         """Return the last rows that are stored of a source.
 
         Args:
@@ -89,7 +89,7 @@ class Recorder:
             rows[row] = (last, int(meta["data"]) if fixed else 0)
             if int(meta["step"]) > newest:
                 newest, data = int(meta["step"]), rows[row][1]
-        return LastRows(data, {row: last for row, (last, of) in rows.items() if of == data})
+        return OfData(data, {row: last for row, (last, of) in rows.items() if of == data})
 
     def log(self, step: int) -> None:
         """Tell the loggers the scalars of the last tick."""

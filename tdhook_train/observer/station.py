@@ -6,14 +6,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tensordict import TensorDictBase
-
 from tdhook_train.observer.measure import Row, Rows, Tick, measure
 from tdhook_train.observer.sources import Source
 from tdhook_train.observer.subject import Subject
 from tdhook_train.schedule import Times
 
-__all__ = ["LastRows", "Measurement", "Station"]
+__all__ = ["Measurement", "OfData", "Station"]
 
 
 @dataclass(frozen=True)
@@ -29,16 +27,10 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class LastRows:
-    """The last row of each method on one batch, whose data have this fingerprint; 0 where they change every time."""
+class OfData:
+    """What is kept of one batch, whose data have this fingerprint; 0 where they change every time."""
 
     data: int
-    rows: dict[str, TensorDictBase]
-
-
-@dataclass(frozen=True)
-class _OfData:
-    data: int  # its fingerprint
     kept: dict[str, Any]
 
 
@@ -53,12 +45,12 @@ class Station:
     def __init__(self, methods: Rows, seed: int) -> None:
         self.methods = methods
         self.seed = seed
-        self._previous: dict[str, _OfData] = {}  # by source: the last rows
-        self._memo: dict[str, _OfData] = {}  # by source, for those that stay the same from tick to tick
+        self._previous: dict[str, OfData] = {}  # by source: the last rows
+        self._memo: dict[str, OfData] = {}  # by source, for those that stay the same from tick to tick
 
-    def go_back(self, last: Mapping[str, LastRows]) -> None:
+    def go_back(self, last: Mapping[str, OfData]) -> None:
         """Forget the ticks before, but for these rows, by source: as going back to a checkpoint needs."""
-        self._previous = {source: _OfData(rows.data, dict(rows.rows)) for source, rows in last.items()}
+        self._previous = {source: OfData(rows.data, dict(rows.kept)) for source, rows in last.items()}
         self._memo.clear()
 
     def measure(
@@ -90,8 +82,8 @@ class Station:
         return Measurement(name, now, rows, weights, source.fingerprint, tuple(subject.networks))
 
 
-def _same(kept: dict[str, _OfData], source: str, data: int) -> dict[str, Any]:
+def _same(kept: dict[str, OfData], source: str, data: int) -> dict[str, Any]:
     """Return what is kept of a source, nothing where its data has changed."""
     if source not in kept or kept[source].data != data:
-        kept[source] = _OfData(data, {})
+        kept[source] = OfData(data, {})
     return kept[source].kept

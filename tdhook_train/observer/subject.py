@@ -73,10 +73,7 @@ class Subject:
     def __getstate__(self) -> dict[str, Any]:
         """Return what another process needs: private copies of the networks, which hold what :meth:`take` gave them."""
         copies = {name: private_copy(hooked.module) for name, hooked in self.networks.items()}
-        networks = {
-            name: HookedModel(copies[name], hooked.takes, hooked.out_keys, name=name)
-            for name, hooked in self.networks.items()
-        }
+        networks = {name: hooked.on(copies[name]) for name, hooked in self.networks.items()}
         return vars(self) | {"model": None, "view": CopiesView(copies), "networks": networks}
 
     def weights(self) -> dict[str, TensorDictBase]:
@@ -96,10 +93,7 @@ class Subject:
         except NetworkError as error:
             warnings.warn(f"no baseline at initialisation: {error}", stacklevel=2)
             return
-        self.initial = {
-            name: HookedModel(copy, self.networks[name].takes, self.networks[name].out_keys, name=name)
-            for name, copy in copies.items()
-        }
+        self.initial = {name: self.networks[name].on(copy) for name, copy in copies.items()}
 
     def convert_initial(self) -> None:
         """Let the network at initialisation follow the dtype and device of the present one."""

@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 
 from tdhook_train.observer.measure import Rows
 from tdhook_train.observer.sources import Source
-from tdhook_train.observer.station import LastRows, Measurement, Station
+from tdhook_train.observer.station import Measurement, OfData, Station
 from tdhook_train.observer.subject import Subject
 from tdhook_train.schedule import Times
 
@@ -78,7 +78,7 @@ class Job:
 
     due: Due
     weights: Mapping[str, TensorDictBase]
-    back: Mapping[str, LastRows] | None = None
+    back: Mapping[str, OfData] | None = None
 
 
 @dataclass(frozen=True)

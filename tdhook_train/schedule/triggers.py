@@ -57,12 +57,9 @@ class Trigger(ABC):
 
 
 @dataclass(frozen=True)
-class _Any(Trigger):
+class _Both(Trigger):
     left: Trigger
     right: Trigger
-
-    def due(self, clock: Clock) -> bool:
-        return self.left.due(clock) or self.right.due(clock)
 
     @property
     def rows(self) -> frozenset[str]:
@@ -78,24 +75,15 @@ class _Any(Trigger):
 
 
 @dataclass(frozen=True)
-class _All(Trigger):
-    left: Trigger
-    right: Trigger
+class _Any(_Both):
+    def due(self, clock: Clock) -> bool:
+        return self.left.due(clock) or self.right.due(clock)
 
+
+@dataclass(frozen=True)
+class _All(_Both):
     def due(self, clock: Clock) -> bool:
         return self.left.due(clock) and self.right.due(clock)
-
-    @property
-    def rows(self) -> frozenset[str]:
-        return self.left.rows | self.right.rows
-
-    @property
-    def scales(self) -> frozenset[str]:
-        return self.left.scales | self.right.scales
-
-    @property
-    def everywhere(self) -> bool:
-        return self.left.everywhere and self.right.everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
