@@ -1,21 +1,61 @@
-"""Batches of any make as TensorDicts."""
+"""Batches of any make as TensorDicts, and the one that a callback always measures on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import KeyMissingError, SettingsError, did_you_mean
+from tdhook_train.isolation import in_place
+from tdhook_train.observer import ProbeSet
 
-__all__ = ["Inputs", "as_tensordict", "first_rows", "in_keys"]
+__all__ = ["FixedBatch", "Inputs", "as_tensordict", "in_keys"]
 
 Inputs = str | Sequence[str] | Mapping[str, str] | None
 
 _NAMES = ("input", "target")  # of the parts of a tuple
+
+
+@dataclass(frozen=True)
+class FixedBatch:
+    """What a callback always measures on, as it was asked for.
+
+    Args:
+        batch: as the training has it, or
+        dataloader: whose first rows are taken.
+        rows: how many of them.
+        groups: which rows belong together; each is one of its own, if None.
+
+    Raises:
+        MisconfigurationException: both a batch and a dataloader.
+    """
+
+    batch: Any
+    dataloader: Iterable[Any] | None
+    rows: int
+    groups: str | Tensor | None
+
+    def __post_init__(self) -> None:
+        if self.batch is not None and self.dataloader is not None:
+            raise MisconfigurationException("a callback takes a batch or a dataloader, not both")
+
+    def settled(self, trainer: Trainer, module: LightningModule) -> ProbeSet | None:
+        """Bring it to the precision of a fit; None where nothing was asked for."""
+        batch = self.batch
+        if self.dataloader is not None:
+            with in_place(module, seed=0):  # a DataLoader draws its base seed, whether it shuffles or not
+                batch = _first_rows(self.dataloader, self.rows)
+        if batch is None:
+            return None
+        td = as_tensordict(trainer.precision_plugin.convert_input(batch))
+        return ProbeSet(td, groups="rows" if self.groups is None else self.groups)
 
 
 def as_tensordict(batch: Any) -> TensorDict:
@@ -65,7 +105,7 @@ def in_keys(batch: TensorDictBase, inputs: Inputs) -> list[str] | dict[str, str]
     return wanted
 
 
-def first_rows(batches: Any, rows: int) -> TensorDict:
+def _first_rows(batches: Any, rows: int) -> TensorDict:
     """Take the first rows of an iterable of batches, without changing what it would draw for others."""
     taken: list[TensorDict] = []
     for batch in batches:

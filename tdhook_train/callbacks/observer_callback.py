@@ -14,15 +14,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
-from tdhook_train.callbacks.batches import Inputs, as_tensordict, first_rows, in_keys
+from tdhook_train.callbacks.averages import average
+from tdhook_train.callbacks.batches import FixedBatch, Inputs, as_tensordict, in_keys
 from tdhook_train.callbacks.cadence import Moment, by_default, trigger
 from tdhook_train.callbacks.pictures import show
 from tdhook_train.callbacks.ranks import Ranks
 from tdhook_train.errors import did_you_mean
-from tdhook_train.isolation import in_place
 from tdhook_train.method import Method
 from tdhook_train.observer import Observer, ProbeSet
 from tdhook_train.observer.ticks import OnError
@@ -91,8 +90,6 @@ class ObserverCallback(Callback):
     ) -> None:
         super().__init__()
         _refuse_unknown(at=at, weights=weights)
-        if batch is not None and dataloader is not None:
-            raise MisconfigurationException(f"{type(self).__name__} takes a batch or a dataloader, not both")
         self.name = name if weights == "live" else f"{name}-average"
         self.at, self.weights = at, weights
         self.methods = dict(methods) if isinstance(methods, Mapping) else {name: methods}
@@ -104,7 +101,7 @@ class ObserverCallback(Callback):
             at=at,
         )
         self.log_metrics, self.report = log_metrics, report
-        self._on = (batch, dataloader, rows, groups)
+        self._on = FixedBatch(batch, dataloader, rows, groups)
         self._inputs = inputs
         self._dirpath = dirpath
         self._settings = {"on_error": on_error, **settings}
@@ -131,19 +128,9 @@ class ObserverCallback(Callback):
         if getattr(trainer, "fast_dev_run", 0):
             return
         self._ranks = Ranks(trainer, self.when or by_default(trainer))
-        self._fixed = self._settled(trainer, pl_module)
+        self._fixed = self._on.settled(trainer, pl_module)
         if self._ranks.first:
             self._goes_on = self._restored is not None or self._state is not None
-
-    def _settled(self, trainer: Trainer, pl_module: LightningModule) -> ProbeSet | None:
-        batch, dataloader, rows, groups = self._on
-        if dataloader is not None:
-            with in_place(pl_module, seed=0):  # a DataLoader draws its base seed, whether it shuffles or not
-                batch = first_rows(dataloader, rows)
-        if batch is None:
-            return None
-        td = as_tensordict(trainer.precision_plugin.convert_input(batch))
-        return ProbeSet(td, groups="rows" if groups is None else groups)
 
     def _folder(self, trainer: Trainer) -> Path:
         if self._dirpath is not None:
@@ -229,17 +216,16 @@ class ObserverCallback(Callback):
             return
         self._last = batch
         epoch = trainer.current_epoch if epoch is None else epoch
-        td = None if self._fixed else as_tensordict(batch)
         if not ranks.due(trainer.global_step, epoch, self._batches):
-            self._observe(trainer, pl_module, td, epoch)
+            self._observe(trainer, pl_module, None if self._fixed else as_tensordict(batch), epoch)
             return
         with ranks.together():
-            self._observe(trainer, pl_module, td if td is None else ranks.whole(td), epoch)
+            self._observe(trainer, pl_module, None if self._fixed else ranks.whole(as_tensordict(batch)), epoch)
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule, td: TensorDictBase | None, epoch: int) -> None:
         if not trainer.is_global_zero:
             return
-        model = pl_module if self.weights == "live" else _average(trainer)
+        model = pl_module if self.weights == "live" else average(trainer)
         if self.observer is None:
             known = td if self._fixed is None else self._fixed.td
             self.observer = self._opened(trainer, model, cast(TensorDictBase, known))
@@ -299,16 +285,3 @@ def _refuse_unknown(**given: str) -> None:
     for setting, value in given.items():
         if value not in known[setting]:
             raise MisconfigurationException(f"{setting}={value!r}{did_you_mean(str(value), known[setting])}")
-
-
-def _average(trainer: Trainer) -> nn.Module:
-    """Return the module that holds the averaged weights.
-
-    Raises:
-        MisconfigurationException: no callback averages them.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for held in vars(callback).values():
-            if isinstance(held, AveragedModel):
-                return held.module
-    raise MisconfigurationException("weights='average' needs a callback that averages them, such as WeightAveraging")
