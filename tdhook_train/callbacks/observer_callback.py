@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -217,20 +217,22 @@ class ObserverCallback(Callback):
         self._last = batch
         epoch = trainer.current_epoch if epoch is None else epoch
         if not ranks.due(trainer.global_step, epoch, self._batches):
-            self._observe(trainer, pl_module, None if self._fixed else as_tensordict(batch), epoch)
+            self._observe(trainer, pl_module, lambda: as_tensordict(batch), epoch)
             return
         with ranks.together():
-            self._observe(trainer, pl_module, None if self._fixed else ranks.whole(as_tensordict(batch)), epoch)
+            whole = None if self._fixed else ranks.whole(as_tensordict(batch))
+            self._observe(trainer, pl_module, lambda: cast(TensorDictBase, whole), epoch)
 
-    def _observe(self, trainer: Trainer, pl_module: LightningModule, td: TensorDictBase | None, epoch: int) -> None:
+    def _observe(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Callable[[], TensorDictBase], epoch: int
+    ) -> None:
         if not trainer.is_global_zero:
             return
         model = pl_module if self.weights == "live" else average(trainer)
         if self.observer is None:
-            known = td if self._fixed is None else self._fixed.td
-            self.observer = self._opened(trainer, model, cast(TensorDictBase, known))
+            self.observer = self._opened(trainer, model, batch() if self._fixed is None else self._fixed.td)
         with trainer.precision_plugin.forward_context():
-            if self.observer.step(model, td, step=trainer.global_step, epoch=epoch, batches=self._batches):
+            if self.observer.step(model, batch, step=trainer.global_step, epoch=epoch, batches=self._batches):
                 self._tell(trainer)
 
     def methods_for(self, batch: TensorDictBase) -> Mapping[str, Method | Sequence[Method]]:  # noqa: ARG002

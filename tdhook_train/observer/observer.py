@@ -27,7 +27,7 @@ from tdhook_train.observer.measure import rows_of
 from tdhook_train.observer.meter import Meter
 from tdhook_train.observer.recorder import Recorder
 from tdhook_train.observer.rounds import Rounds
-from tdhook_train.observer.sources import On, Sources
+from tdhook_train.observer.sources import Given, On, Sources
 from tdhook_train.observer.station import Station
 from tdhook_train.observer.subject import Subject
 from tdhook_train.observer.ticks import OnError, Ticks
@@ -162,7 +162,7 @@ class Observer:
     def step(
         self,
         model: nn.Module,
-        batch: TensorDictBase | None = None,
+        batch: Given = None,
         *,
         step: int | None = None,
         frames: int | None = None,
@@ -173,7 +173,8 @@ class Observer:
 
         Args:
             model: the loss or module in training.
-            batch: what it is about to train on; needed for ``on="batch"``.
+            batch: what it is about to train on, or a function that gives it, called only where something is due; needed
+                for ``on="batch"``.
             step: optimizer steps behind the present weights; one more than the last time where it is not given.
             frames: environment frames so far, where they have changed.
             epoch: likewise.

@@ -6,7 +6,7 @@ import glob
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
@@ -16,9 +16,10 @@ from tdhook_train.errors import KeyMissingError, SchemaError, SettingsError
 from tdhook_train.observer.probe_set import ProbeSet
 from tdhook_train.schedule import Clock
 
-__all__ = ["Live", "On", "Source", "Sources"]
+__all__ = ["Given", "Live", "On", "Source", "Sources"]
 
 Live = Literal["batch", "collected"]
+Given: TypeAlias = TensorDictBase | Callable[[], TensorDictBase] | None  # a batch, or what makes one when it is wanted
 On = Live | ProbeSet | Mapping[str, Live | ProbeSet]
 
 _ASKED = {
@@ -155,7 +156,7 @@ class Sources:
             source.release()
 
     def ready(
-        self, live: Mapping[Live, TensorDictBase | None], folder: Path, skip: Callable[[str, str], None]
+        self, live: Mapping[Live, Given], folder: Path, skip: Callable[[str, str], None]
     ) -> Iterator[tuple[str, Source]]:
         """Yield what can be measured on now; keep every version of a probe set in the run's folder.
 
@@ -176,7 +177,7 @@ class Sources:
         for name, kind in [(name, source) for name, source in self._named.items() if not isinstance(source, ProbeSet)]:
             if (batch := live.get(kind)) is None:
                 raise KeyMissingError(f'on="{kind}" needs {_ASKED[kind]}')
-            now = ProbeSet(batch)
+            now = ProbeSet(batch if isinstance(batch, TensorDictBase) else batch())
             # a minibatch is shuffled: its rows may look like blocks by chance, and are in no order of time
             ordered = kind == "collected" and now.ordered
             yield name, Source(now.td, now.fingerprint, now.groups, ordered=ordered, shape=now.shape)

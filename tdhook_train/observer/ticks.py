@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Literal
 
-from tensordict import TensorDictBase
-
 from tdhook_train.errors import WorkerError
 from tdhook_train.observer.background import Background
 from tdhook_train.observer.meter import Meter
 from tdhook_train.observer.recorder import Recorder
-from tdhook_train.observer.sources import Live, Source, Sources
+from tdhook_train.observer.sources import Given, Live, Source, Sources
 from tdhook_train.observer.station import Measurement, Station
 from tdhook_train.observer.subject import Subject
 from tdhook_train.observer.worker import Due, Outcome
@@ -47,7 +45,7 @@ class Ticks:
         self.meter = Meter()
         self.clock = Clock()
         self.watched: set[str] = set()  # rows whose values decide what is due: the clock is told of them
-        self.live: dict[Live, TensorDictBase | None] = {}  # what may be measured on now
+        self.live: dict[Live, Given] = {}  # what may be measured on now
         self._worker: Background | None = None
         self._folder = recorder.buffer.folder("probe_sets")
 

@@ -344,6 +344,25 @@ def test_what_cannot_be_measured_is_refused_before_training(tmp_path: Path) -> N
     observer.close()
 
 
+def test_a_batch_may_be_made_only_where_something_is_due(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> TensorDict:
+        made.append(len(made))
+        return batch()
+
+    model = nn.Linear(3, 2)
+    with (
+        Observer({"p": RidgeProbe(target="y")}, when=Every(optim_steps=3), into=tmp_path / "made") as late,
+        Observer({"p": RidgeProbe(target="y")}, when=Every(optim_steps=3), into=tmp_path / "given") as early,
+    ):
+        for step in range(7):
+            late.step(model, make, step=step)
+            early.step(model, batch(), step=step)
+        assert len(made) == late.buffer["p"].steps.numel() > 1
+        assert torch.equal(late.buffer["p"].series("r2"), early.buffer["p"].series("r2"))
+
+
 def test_a_missing_target_and_a_missing_batch_are_named(tmp_path: Path) -> None:
     observer = Observer({"p": RidgeProbe(target="rewrd")}, when=At(0), into=tmp_path)
     given = batch().set("reward", torch.randn(40))
