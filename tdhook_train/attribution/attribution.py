@@ -14,7 +14,7 @@ from tdhook_train.errors import KeyMissingError, NetworkError, SettingsError, Ta
 from tdhook_train.hooks import HookedModel
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
-from tdhook_train.ops.targets import explained, named
+from tdhook_train.ops.targets import beside, explained, named
 from tdhook_train.ops.units import evenly_spaced
 
 __all__ = ["Attribution"]
@@ -28,8 +28,9 @@ class Attribution(Method):
 
     Args:
         targets: what is explained: an output key, ``("output", 340)`` for one feature of it, a function of the
-            outputs that gives one number a row, a list of these or a mapping of names to these (the artifact then has
-            a target dimension after the batch). By default every feature of the first output.
+            TensorDict of outputs, inputs and the batch's other keys (such as the true class) that gives one number a
+            row, a list of these or a mapping of names to these (the artifact then has a target dimension after the
+            batch). By default every feature of the first output.
         init_attr_targets: TDHook's form instead of ``targets``: a function of (outputs, inputs) that returns a
             TensorDict whose leaves are explained.
         rows: explain at most this many rows, spread evenly over the batch; all by default.
@@ -84,6 +85,11 @@ class Attribution(Method):
             raise KeyMissingError(f"{type(self).__name__} needs a floating-point input, the model reads {kinds}")
         return inputs
 
+    def _beside(self, seen: Seen, model: HookedModel) -> dict[NestedKey, Tensor]:
+        """Return what functions among the targets may read that the network neither reads nor gives out."""
+        targets = self.init_attr_targets or self.targets
+        return beside(seen.batch, targets, [*model.in_keys, *model.out_keys])
+
     def _moving(self, seen: Seen, model: HookedModel) -> dict[NestedKey, Tensor]:
         """Return the inputs as numbers that can be differentiated.
 
@@ -94,7 +100,7 @@ class Attribution(Method):
         changed = [key for key, value in inputs.items() if value.dtype != seen.batch.get(key).dtype]
         if not changed:
             return inputs
-        batch = TensorDict(dict(inputs), batch_size=seen.batch.batch_size)
+        batch = TensorDict(inputs | self._beside(seen, model), batch_size=seen.batch.batch_size)
         with torch.no_grad():
             found = self._explained(model(batch), batch, model)
         for name, expected in self._explained(seen.batch, seen.batch, model).items():

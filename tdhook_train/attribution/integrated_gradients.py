@@ -58,8 +58,9 @@ class IntegratedGradients(Attribution):
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Integrate the gradients of every target over the path."""
         inputs, index = self._moving(seen, model), self._index(seen, model)
-        ends = {key: value[index] for key, value in inputs.items()}
-        starts = {key: self._baseline(seen, key, inputs[key], index) for key in ends}
+        still = {key: value[index] for key, value in self._beside(seen, model).items()}
+        ends = {key: value[index] for key, value in inputs.items()} | still
+        starts = {key: self._baseline(seen, key, inputs[key], index) for key in inputs} | still
         chunks = torch.arange(len(index), device=index.device).split(self.rows_per_pass)
         return torch.cat([self._explain(model, _rows(starts, chunk), _rows(ends, chunk)) for chunk in chunks])
 
@@ -84,12 +85,13 @@ class IntegratedGradients(Attribution):
     def _integrate(self, model: HookedModel, starts: _Point, ends: _Point) -> dict[NestedKey, Tensor]:
         rows = len(next(iter(ends.values())))
         at, weights = (x.to(model.device()) for x in gauss_legendre(self.points))
-        moving = [key for key, value in ends.items() if value.is_floating_point()]
+        moving = [key for key in model.in_keys if ends[key].is_floating_point()]
         sums: dict[tuple[int, NestedKey], Tensor] = {}
         targets = 0
         for chunk in torch.arange(self.points).split(max(1, self.rows_per_pass // rows)):
             with torch.inference_mode(False), torch.enable_grad():
-                path = {key: _between(starts[key], ends[key], at[chunk]) for key in ends}
+                repeated = {key: _repeat(end, len(chunk)) for key, end in ends.items() if key not in moving}
+                path = repeated | {key: _between(starts[key], ends[key], at[chunk]) for key in moving}
                 found = self._forward(model, path)
             targets = len(found)
             weight = weights[chunk].repeat_interleave(rows)
@@ -116,10 +118,13 @@ def _rows(point: _Point, index: Tensor) -> _Point:
     return {key: value[index] for key, value in point.items()}
 
 
+def _repeat(value: Tensor, points: int) -> Tensor:
+    """The same at every point of the path, ``[point * row, ...]``."""
+    return value.repeat(points, *[1] * (value.ndim - 1))
+
+
 def _between(start: Tensor, end: Tensor, at: Tensor) -> Tensor:
-    """The points of the path, ``[point * row, ...]``; what is no floating number is repeated."""
-    if not end.is_floating_point():
-        return end.repeat(len(at), *[1] * (end.ndim - 1))
+    """The points of the path, ``[point * row, ...]``."""
     t = at.to(end.dtype).view(-1, *[1] * end.ndim)
     return (start + t * (end - start)).flatten(0, 1).detach().requires_grad_()
 

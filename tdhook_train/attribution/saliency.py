@@ -46,7 +46,8 @@ class Saliency(Attribution):
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Differentiate every target with respect to every floating input."""
         inputs, index = self._moving(seen, model), self._index(seen, model)
-        batch = TensorDict({key: value[index] for key, value in inputs.items()}, batch_size=[len(index)])
+        given = inputs | self._beside(seen, model)
+        batch = TensorDict({key: value[index] for key, value in given.items()}, batch_size=[len(index)])
         found: dict[str, Tensor] = {}
 
         def total(outputs: TensorDictBase, name: str) -> Tensor:

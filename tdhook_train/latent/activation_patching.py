@@ -18,7 +18,7 @@ from tdhook_train.hooks.versions import run_versions
 from tdhook_train.keys import path_of
 from tdhook_train.method import Method, Seen, look
 from tdhook_train.ops.join import Labels
-from tdhook_train.ops.targets import explained, named
+from tdhook_train.ops.targets import beside, explained, named
 from tdhook_train.ops.units import evenly_spaced, padded
 
 __all__ = ["ActivationPatching"]
@@ -36,8 +36,9 @@ class ActivationPatching(Method):
 
     Args:
         layers: paths, patterns, module classes or predicates of the layers to patch.
-        targets: the metrics: an output key, a key with a feature index, a function of the outputs that gives one
-            number a row, a list or a mapping of names to these. By default every feature of the first output.
+        targets: the metrics: an output key, a key with a feature index, a function of the TensorDict of outputs and of
+            what the batch holds of the state that is patched (such as its true class) that gives one number a row, a
+            list or a mapping of names to these. By default every feature of the first output.
         pairs: number of paired states. Rows spread evenly over the batch are each paired with the row half the batch
             further on; sources given as ``("source", key)`` in the batch are used instead, row by row.
 
@@ -82,7 +83,7 @@ class ActivationPatching(Method):
         base, source = self._pair(seen, model)
         sites = model.sites(self.layers)
         values, outputs = look(model, torch.cat([base, source]), sites)
-        metrics = self._metrics(outputs, model)
+        metrics = self._metrics(outputs, base, model)
         known = ("same patch", model.name)
         if known not in seen.memo:
             seen.memo[known] = _same_patch(model, sites, base[:2])
@@ -100,8 +101,15 @@ class ActivationPatching(Method):
     def _columns(self, outputs: TensorDictBase, model: HookedModel) -> Mapping[str, Tensor]:
         return explained(outputs, self.targets, model.out_keys, len(outputs))
 
-    def _metrics(self, outputs: TensorDictBase, model: HookedModel) -> Tensor:
-        return torch.stack(list(self._columns(outputs, model).values()), 1).detach()
+    def _metrics(self, outputs: TensorDictBase, base: TensorDict, model: HookedModel) -> Tensor:
+        """Return the metrics of versions of one batch, ``[version * pair, target]``."""
+        count = len(outputs) // len(base)
+        known = {
+            key: value.repeat(count, *[1] * (value.ndim - 1))
+            for key, value in beside(base, self.targets, model.out_keys).items()
+        }
+        read = TensorDict(known, batch_size=outputs.batch_size).update(outputs) if known else outputs
+        return torch.stack(list(self._columns(read, model).values()), 1).detach()
 
     def _patched(
         self, model: HookedModel, base: TensorDict, site: str, values: tuple[Tensor, Tensor], expected: TensorDictBase
@@ -117,12 +125,12 @@ class ActivationPatching(Method):
             swapped[1:][chunk == 0] = True  # patch 0 is the whole layer
             shape = [len(chunk) + 1, *[units if units and i == axis else 1 for i in range(before.ndim)]]
             versions = torch.where(swapped.view(shape), after, before)
-            metrics = self._metrics(run_versions(model, base, site, versions, expected), model)
+            metrics = self._metrics(run_versions(model, base, site, versions, expected), base, model)
             found.append(metrics.unflatten(0, (len(chunk) + 1, pairs))[1:])
         return torch.cat(found)
 
     def _pair(self, seen: Seen, model: HookedModel) -> tuple[TensorDict, TensorDict]:
-        """Return base and source inputs, row by row."""
+        """Return base and source inputs, row by row; with both, what functions may read of the base."""
         inputs = {key: seen.batch.get(key) for key in model.in_keys}
         prefixed = {key: ("source", *path_of(key)) for key in inputs}
         given = {key: seen.batch.get(prefixed[key], None) for key in inputs}
@@ -136,7 +144,10 @@ class ActivationPatching(Method):
             index = evenly_spaced(rows, min(self.pairs, rows - rows % 2))
             sources = {key: value[index.roll(len(index) // 2)] for key, value in inputs.items()}
         bases = {key: value[index] for key, value in inputs.items()}
-        return TensorDict(bases, batch_size=[len(index)]), TensorDict(sources, batch_size=[len(index)])
+        still = beside(seen.batch, self.targets, [*model.in_keys, *model.out_keys])
+        known = {key: value[index] for key, value in still.items()}
+        base, source = (TensorDict(known | values, batch_size=[len(index)]) for values in (bases, sources))
+        return base, source
 
 
 def _same_patch(model: HookedModel, sites: Sequence[str], inputs: TensorDict) -> dict[str, str]:

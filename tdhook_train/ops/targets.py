@@ -13,6 +13,7 @@ from tdhook_train.keys import by_name, dotted, path_of, split_key
 
 __all__ = [
     "Target",
+    "beside",
     "columns",
     "explained",
     "first_floating",
@@ -93,6 +94,21 @@ def explained(outputs: TensorDictBase, targets: Any, out_keys: Sequence[NestedKe
     """
     wanted = first_floating(outputs, out_keys) if targets is None else targets
     return floating(columns(outputs, given_by(named(wanted), out_keys), rows))
+
+
+def beside(batch: TensorDictBase, targets: Any, without: Sequence[NestedKey]) -> dict[NestedKey, Tensor]:
+    """Return what a function among the targets may read beside the outputs; nothing where none is a function.
+
+    Args:
+        batch: ``[rows]``.
+        targets: as a method takes them.
+        without: keys that come from elsewhere.
+    """
+    if targets is None or not any(map(callable, named(targets).values())):
+        return {}
+    known = {path_of(key) for key in without}
+    leaves = batch.items(include_nested=True, leaves_only=True)
+    return {key: value for key, value in leaves if path_of(key) not in known and isinstance(value, Tensor)}
 
 
 def refuse_unknown(targets: Any, out_keys: Mapping[str, Sequence[NestedKey]]) -> None:

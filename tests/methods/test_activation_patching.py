@@ -201,6 +201,20 @@ def test_targets_by_feature_by_function_and_by_name():
         measured(ActivationPatching(targets=("output", 7)), model, td)
 
 
+def test_a_function_reads_what_the_batch_holds_of_the_patched_state():
+    torch.manual_seed(0)
+    model, td = mlp(3, 4, 2), TensorDict(input=torch.randn(8, 3), klass=torch.tensor([0, 1, 1, 0] * 2), batch_size=[8])
+    td["source", "input"] = torch.randn(8, 3)
+    td["source", "klass"] = 1 - td["klass"]
+
+    def true_class(td):
+        return td["output"].gather(1, td["klass"][:, None])[:, 0]
+
+    found = measured(ActivationPatching(targets={"true": true_class}), model, td)["unit_effect"]
+    both = [measured(ActivationPatching(targets=("output", i)), model, td[td["klass"] == i]) for i in range(2)]
+    assert_close(found, sum(one["unit_effect"] for one in both) / 2, equal_nan=True)  # as many rows of each
+
+
 def logit_gap(outputs):
     return outputs["output"][:, 0] - outputs["output"][:, 1]
 

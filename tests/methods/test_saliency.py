@@ -93,6 +93,20 @@ def test_tdhooks_own_form_of_targets():
         Saliency(targets="output", init_attr_targets=init_attr_targets)
 
 
+@pytest.mark.parametrize("kind", [Saliency, IntegratedGradients])
+def test_a_function_reads_the_other_keys_of_the_batch(kind):
+    torch.manual_seed(0)
+    model, td = mlp(4, 8, 3), td_of(input=torch.randn(6, 4), klass=torch.tensor([2, 0, 1, 1, 2, 0]))
+
+    def true_class(td):
+        return td["output"].gather(1, td["klass"][:, None])[:, 0]
+
+    found = measured(kind(targets=true_class, rows=4), model, td)["attr", "input"]
+    every = measured(kind(targets=[("output", i) for i in range(3)], rows=4), model, td)["attr", "input"]
+    index = torch.tensor([0, 1, 3, 4])
+    assert_close(found, every[torch.arange(4), td["klass"][index]])
+
+
 def test_a_target_of_several_features_is_refused():
     with pytest.raises(TargetError, match="target 'output' has 4 features; explain one, or give a list"):
         measured(Saliency(targets="output"), mlp(3, 8, 4), td_of(input=torch.randn(6, 3)))
