@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "BudgetError",
+    "CheckpointError",
     "ClosedError",
     "DamagedError",
     "DamagedWarning",
@@ -78,6 +79,10 @@ class RunExistsError(TdhookTrainError, FileExistsError):
 
 class ClosedError(TdhookTrainError, RuntimeError):
     """Something was asked of a buffer or observer that is closed."""
+
+
+class CheckpointError(TdhookTrainError, ValueError):
+    """A checkpoint cannot be read, or is none of the model that was built."""
 
 
 class WorkerError(TdhookTrainError, RuntimeError):

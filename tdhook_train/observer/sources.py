@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,13 @@ from tdhook_train.errors import KeyMissingError, SchemaError, SettingsError
 from tdhook_train.observer.probe_set import ProbeSet
 from tdhook_train.schedule import Clock
 
-__all__ = ["Given", "Live", "On", "Source", "Sources"]
+__all__ = ["Given", "Live", "On", "Source", "Sources", "stored_names", "stored_versions"]
 
 Live = Literal["batch", "collected"]
 Given: TypeAlias = TensorDictBase | Callable[[], TensorDictBase] | None  # a batch, or what makes one when it is wanted
 On = Live | ProbeSet | Mapping[str, Live | ProbeSet]
 
+_UNNAMED = "probe_set"
 _ASKED = {
     "batch": "the batch: observer.step(model, batch, step=...)",
     "collected": "what was collected: observer.collected(batch) for each batch of the collector",
@@ -103,7 +105,7 @@ class Sources:
         """
         folder = buffer.folder("probe_sets")
         for name, source in self._probe_sets():
-            kept = self._kept[name] = _versions(folder, name)
+            kept = self._kept[name] = stored_versions(folder, name)
             if not kept:
                 continue
             if not source.ready:
@@ -141,7 +143,7 @@ class Sources:
             known = state.get(name, {"data": None})
             if known["data"] is None:
                 continue
-            if (path := _versions(folder, name).get(known["data"])) is None:
+            if (path := stored_versions(folder, name).get(known["data"])) is None:
                 raise KeyMissingError(f"{folder} holds no probe set {name!r} of content hash {known['data']:#x}")
             if not source.ready or source.fingerprint != known["data"]:
                 source.take_over(ProbeSet.load(path))
@@ -196,17 +198,23 @@ class Sources:
             source.save(path)
 
 
+def stored_names(folder: Path) -> list[str]:
+    """Return the names of the probe sets that a run keeps; one without a name has the empty one."""
+    stems = [path.stem for path in sorted(folder.glob("*.pt"))]
+    return ["" if stem == _UNNAMED else stem for stem in stems if not re.search(r"\.[0-9a-f]{16}$", stem)]
+
+
 def _file(folder: Path, name: str, version: int | None = None) -> Path:
     """Say where a probe set lies: the first one under its name, others under their content hash as well."""
-    return folder / (f"{name or 'probe_set'}{'' if version is None else f'.{_hex(version)}'}.pt")
+    return folder / (f"{name or _UNNAMED}{'' if version is None else f'.{_hex(version)}'}.pt")
 
 
 def _hex(version: int) -> str:
     return f"{version % 2**64:016x}"
 
 
-def _versions(folder: Path, name: str) -> dict[int, Path]:
-    """Return every version of a probe set that is kept, by content hash."""
+def stored_versions(folder: Path, name: str) -> dict[int, Path]:
+    """Return every version of a probe set that is kept, by content hash, the first one first."""
     first = _file(folder, name)
     if not first.is_file():
         return {}

@@ -1,0 +1,6 @@
+"""Checkpoints that a training left, measured after the fact."""
+
+from tdhook_train.checkpoints.formats import Checkpoint, read
+from tdhook_train.checkpoints.sweep import sweep
+
+__all__ = ["Checkpoint", "read", "sweep"]

@@ -1,0 +1,111 @@
+"""What checkpoints are measured on: a batch, probe sets, or what a run was measured on while it trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tensordict import TensorDictBase
+
+from tdhook_train.buffer import ArtifactBuffer
+from tdhook_train.errors import SettingsError
+from tdhook_train.observer import ProbeSet
+from tdhook_train.observer.sources import Sources, stored_names, stored_versions
+
+__all__ = ["Data", "OfRun", "data_of"]
+
+
+class Data:
+    """Probe sets that are the same for every checkpoint.
+
+    Args:
+        on: a probe set, or several by name.
+    """
+
+    initial: Path | None = None  # weights at initialisation that a run keeps
+    keys: Mapping[str, Any] = {}  # what its networks read and give out
+
+    def __init__(self, on: ProbeSet | Mapping[str, ProbeSet]) -> None:
+        self.sources = Sources(on)  # type: ignore[arg-type] - a mapping of probe sets is one of sources
+
+    def at(self, step: int) -> tuple[int, int] | None:
+        """Turn to what a step is measured on; return its frames and epoch where they are known."""
+        return None
+
+    def close(self) -> None:
+        """Let go of what was opened."""
+
+
+class OfRun(Data):
+    """What a run was measured on while it trained: of every step the version of then, with its frames and epoch.
+
+    Args:
+        run: its folder, or the buffer.
+
+    Raises:
+        SettingsError: it keeps no probe set: it was measured on batches of the training.
+    """
+
+    def __init__(self, run: ArtifactBuffer | str | os.PathLike[str]) -> None:
+        path = run.path if isinstance(run, ArtifactBuffer) else Path(run)
+        self._folder = path / "probe_sets"
+        names = stored_names(self._folder)
+        if not names:
+            raise SettingsError(f"{path} keeps no probe set, since it was measured on batches in training; give data=")
+        with ArtifactBuffer.open(path) as buffer:
+            self._rows = dict(_moments(buffer))
+        self._versions = {name: stored_versions(self._folder, name) for name in names}
+        first = {name: ProbeSet.load(next(iter(paths.values()))) for name, paths in self._versions.items()}
+        super().__init__(first[""] if list(first) == [""] else first)
+        self._known = first
+        initial = path / "initial" / "weights.pt"
+        self.initial = initial if initial.is_file() else None
+
+    def at(self, step: int) -> tuple[int, int] | None:
+        """Turn to the versions of the last row up to this step."""
+        before = [known for known in self._rows if known <= step]
+        fingerprints = self._rows[max(before)][2] if before else frozenset[int]()
+        for name, paths in self._versions.items():
+            for data in fingerprints & paths.keys():
+                if self._known[name].fingerprint != data:
+                    self._known[name].take_over(ProbeSet.load(paths[data]))
+        return self._rows[step][:2] if step in self._rows else None
+
+
+def data_of(given: Any) -> Data:
+    """Bring what a user gives to one form.
+
+    Raises:
+        SettingsError: something else, or a probe set that is not complete.
+    """
+    if isinstance(given, ArtifactBuffer | str | os.PathLike):
+        return OfRun(given)
+    if isinstance(given, Mapping) and not isinstance(given, TensorDictBase):
+        return Data({str(name): _probe_set(one) for name, one in given.items()})
+    return Data(_probe_set(given))
+
+
+def _probe_set(given: Any) -> ProbeSet:
+    if isinstance(given, TensorDictBase):
+        return ProbeSet(given)
+    if not isinstance(given, ProbeSet):
+        raise SettingsError(
+            f"data= takes a TensorDict, a ProbeSet, several by name, or the folder of a run; got a {type(given).__name__}"
+        )
+    if not given.ready:
+        raise SettingsError(f"data={given!r} is not complete")
+    return given
+
+
+def _moments(buffer: ArtifactBuffer) -> Iterator[tuple[int, tuple[int, int, frozenset[int]]]]:
+    """Yield each step with its frames, its epoch and the fingerprints of what was measured on then."""
+    seen: dict[int, set[int]] = {}
+    when: dict[int, tuple[int, int]] = {}
+    for name in buffer:
+        meta = {key: buffer[name].series(("meta", key)).tolist() for key in ("step", "frames", "epoch", "data")}
+        for step, frames, epoch, data in zip(*meta.values(), strict=True):
+            seen.setdefault(step, set()).add(data)
+            when[step] = (frames, epoch)
+    return ((step, (*when[step], frozenset(seen[step]))) for step in sorted(seen))
