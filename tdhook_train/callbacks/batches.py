@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import KeyMissingError, SettingsError, did_you_mean
-from tdhook_train.isolation import in_place
 from tdhook_train.observer import ProbeSet
+from tdhook_train.undo import kept_randomness
 
 __all__ = ["FixedBatch", "Inputs", "as_tensordict", "in_keys"]
 
@@ -46,11 +46,12 @@ class FixedBatch:
         if self.batch is not None and self.dataloader is not None:
             raise MisconfigurationException("a callback takes a batch or a dataloader, not both")
 
-    def settled(self, trainer: Trainer, module: LightningModule) -> ProbeSet | None:
+    def settled(self, trainer: Trainer) -> ProbeSet | None:
         """Bring it to the precision of a fit; None where nothing was asked for."""
         batch = self.batch
         if self.dataloader is not None:
-            with in_place(module, seed=0):  # a DataLoader draws its base seed, whether it shuffles or not
+            # a DataLoader draws its base seed, whether it shuffles or not, and data that is augmented from any generator
+            with kept_randomness(seed=0):
                 batch = _first_rows(self.dataloader, self.rows)
         if batch is None:
             return None

@@ -128,7 +128,7 @@ class ObserverCallback(Callback):
         if getattr(trainer, "fast_dev_run", 0):
             return
         self._ranks = Ranks(trainer, self.when or by_default(trainer))
-        self._fixed = self._on.settled(trainer, pl_module)
+        self._fixed = self._on.settled(trainer)
         if self._ranks.first:
             self._goes_on = self._restored is not None or self._state is not None
 
