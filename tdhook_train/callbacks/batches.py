@@ -50,7 +50,7 @@ class FixedBatch:
         """Bring it to the precision of a fit; None where nothing was asked for."""
         batch = self.batch
         if self.dataloader is not None:
-            # a DataLoader draws its base seed, whether it shuffles or not, and data that is augmented from any generator
+            # a DataLoader draws its base seed, whether it shuffles or not, and augmented data from any generator
             with kept_randomness(seed=0):
                 batch = _first_rows(self.dataloader, self.rows)
         if batch is None:

@@ -16,7 +16,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tdhook_train.callbacks.averages import average
+from tdhook_train.callbacks.averages import average, in_turn
 from tdhook_train.callbacks.batches import FixedBatch, Inputs, as_tensordict, in_keys
 from tdhook_train.callbacks.cadence import Moment, by_default, trigger
 from tdhook_train.callbacks.pictures import show
@@ -47,7 +47,8 @@ class ObserverCallback(Callback):
             give), on the last batch validated where no other is given.
         weights: which ones: those that are trained, or the running average of a
             :class:`~lightning.pytorch.callbacks.WeightAveraging` callback, under a run's name that ends in
-            ``-average``.
+            ``-average``. The callback moves behind that one in ``trainer.callbacks``, or before it to measure those
+            that are trained, which it replaces at the end.
         batch: what to measure on, always the same; as the training has it. The batch in training, if None.
         dataloader: takes the first ``rows`` of it for this, before the fit.
         rows: of the probe set that a dataloader gives.
@@ -127,6 +128,7 @@ class ObserverCallback(Callback):
         self._begun = False
         if getattr(trainer, "fast_dev_run", 0):
             return
+        trainer.callbacks = in_turn(trainer.callbacks, self, after=self.weights == "average")  # type: ignore[attr-defined]
         self._ranks = Ranks(trainer, self.when or by_default(trainer))
         self._fixed = self._on.settled(trainer)
         if self._ranks.first:
