@@ -275,7 +275,9 @@ class ObserverCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self._state or {} if self.observer is None else self.observer.state_dict()
+        if self.observer is None:  # a fit that goes on may be saved before there is something to do
+            return self._restored or self._state or {}
+        return self.observer.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
