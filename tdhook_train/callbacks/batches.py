@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import KeyMissingError, SettingsError, did_you_mean
+from tdhook_train.keys import by_name
 from tdhook_train.observer import ProbeSet
 from tdhook_train.undo import kept_randomness
 
@@ -64,46 +65,76 @@ def as_tensordict(batch: Any) -> TensorDict:
 
     Args:
         batch: a tensor becomes ``input``; of a tuple the first part ``input``, the second ``target``, others by number;
-            a mapping keeps its keys; a TensorDict is taken as it is. What is no tensor with one row an item is left
-            out.
+            a mapping and a dataclass keep their names, and what lies in theirs is nested: the batch of a dictionary of
+            loaders, ``{"a": (x, y)}``, has ``("a", "input")`` and ``("a", "target")``. A TensorDict is taken as it is.
+            What is no tensor with as many rows as the first is left out.
 
     Raises:
         SettingsError: nothing is left.
     """
     if isinstance(batch, TensorDictBase):
         return batch if batch.batch_dims else batch.auto_batch_size_(1)
-    found = {name: value for name, value in _parts(batch).items() if isinstance(value, Tensor) and value.ndim}
+    found = {path: value for path, value in _leaves(batch) if isinstance(value, Tensor) and value.ndim}
     rows = {len(value) for value in list(found.values())[:1]}
-    found = {name: value for name, value in found.items() if len(value) in rows}
+    found = {path: value for path, value in found.items() if len(value) in rows}
     if not found:
-        raise SettingsError(f"a batch of type {type(batch).__name__} holds no tensor with one row an item")
+        raise SettingsError(
+            f"a batch of type {type(batch).__name__} holds no tensor with one row an item; a callback knows tensors, "
+            "mappings, tuples and dataclasses of them, and TensorDicts, but no list of lists (of several loaders, give "
+            "the trainer a dictionary): give the callback a batch= of one of these"
+        )
     return TensorDict(found, batch_size=[rows.pop()])
 
 
-def _parts(batch: Any) -> dict[str, Any]:
+def _leaves(batch: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Return all parts by their paths, what lies in inner lists last, so that it does not decide what a row is."""
+    found: list[tuple[int, tuple[str, ...], Any]] = []
+
+    def walk(value: Any, path: tuple[str, ...], lists: int) -> None:
+        if (parts := _parts(value)) is None:
+            found.append((lists, path or _NAMES[:1], value))
+            return
+        for name, part in parts.items():
+            # a list in a list is one tensor an item, as images of several sizes are
+            if not (_is_list(value) and _is_list(part)):
+                walk(part, (*path, name), lists + _is_list(part))
+
+    walk(batch, (), 0)
+    return [(path, value) for _, path, value in sorted(found, key=lambda leaf: leaf[0])]
+
+
+def _parts(batch: Any) -> dict[str, Any] | None:
     if isinstance(batch, Mapping):
         return {str(name): value for name, value in batch.items()}
     if hasattr(batch, "_asdict"):
         return dict(batch._asdict())
-    if isinstance(batch, list | tuple):
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return {field.name: getattr(batch, field.name) for field in fields(batch)}
+    if _is_list(batch):
         return {_NAMES[i] if i < len(_NAMES) else str(i): part for i, part in enumerate(batch)}
-    return {_NAMES[0]: batch}
+    return None
 
 
-def in_keys(batch: TensorDictBase, inputs: Inputs) -> list[str] | dict[str, str]:
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and not hasattr(value, "_asdict")
+
+
+def in_keys(batch: TensorDictBase, inputs: Inputs) -> list[NestedKey] | dict[NestedKey, str]:
     """Say which keys a model's ``forward`` takes: the first one, unless ``inputs`` names others.
 
     Raises:
         KeyMissingError: a key that the batch has not.
     """
-    keys = list(map(str, batch.keys()))
+    known = by_name(batch)
     if inputs is None:
-        return keys[:1]
-    wanted = dict(inputs) if isinstance(inputs, Mapping) else [inputs] if isinstance(inputs, str) else list(inputs)
+        return list(known.values())[:1]
+    wanted = inputs if isinstance(inputs, Mapping) else [inputs] if isinstance(inputs, str) else list(inputs)
     for key in wanted:
-        if key not in keys:
-            raise KeyMissingError(f"inputs={inputs!r}: the batch has no {key!r}{did_you_mean(key, keys)}")
-    return wanted
+        if key not in known:
+            raise KeyMissingError(f"inputs={inputs!r}: the batch has no {key!r}{did_you_mean(key, known)}")
+    if isinstance(wanted, Mapping):
+        return {known[key]: argument for key, argument in wanted.items()}
+    return [known[key] for key in wanted]
 
 
 def _first_rows(batches: Any, rows: int) -> TensorDict:
