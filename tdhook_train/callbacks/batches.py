@@ -74,25 +74,33 @@ def as_tensordict(batch: Any) -> TensorDict:
     """
     if isinstance(batch, TensorDictBase):
         return batch if batch.batch_dims else batch.auto_batch_size_(1)
-    found = {path: value for path, value in _leaves(batch) if isinstance(value, Tensor) and value.ndim}
-    rows = {len(value) for value in list(found.values())[:1]}
-    found = {path: value for path, value in found.items() if len(value) in rows}
-    if not found:
+    leaves = _leaves(batch)
+    if not leaves:
         raise SettingsError(
             f"a batch of type {type(batch).__name__} holds no tensor with one row an item; a callback knows tensors, "
             "mappings, tuples and dataclasses of them, and TensorDicts, but no list of lists (of several loaders, give "
             "the trainer a dictionary): give the callback a batch= of one of these"
         )
-    return TensorDict(found, batch_size=[rows.pop()])
+    rows = len(leaves[0][1])
+    kept = {key: value for key, value in leaves if len(value) == rows}
+    if all(isinstance(key, str) for key in kept):
+        return TensorDict(kept, batch_size=[rows])
+    td = TensorDict(batch_size=[rows])  # which would else put nested keys last
+    for key, value in kept.items():
+        td.set(key, value)
+    return td
 
 
-def _leaves(batch: Any) -> list[tuple[tuple[str, ...], Any]]:
-    """Return all parts by their paths, what lies in inner lists last, so that it does not decide what a row is."""
-    found: list[tuple[int, tuple[str, ...], Any]] = []
+def _leaves(batch: Any) -> list[tuple[NestedKey, Tensor]]:
+    """Return all tensors of rows, what lies in inner lists last, so that it does not decide what a row is."""
+    found: list[tuple[int, NestedKey, Tensor]] = []
 
     def walk(value: Any, path: tuple[str, ...], lists: int) -> None:
+        if isinstance(value, Tensor):
+            if value.ndim:
+                found.append((lists, path if len(path) > 1 else path[0] if path else _NAMES[0], value))
+            return
         if (parts := _parts(value)) is None:
-            found.append((lists, path or _NAMES[:1], value))
             return
         for name, part in parts.items():
             # a list in a list is one tensor an item, as images of several sizes are
@@ -100,7 +108,9 @@ def _leaves(batch: Any) -> list[tuple[tuple[str, ...], Any]]:
                 walk(part, (*path, name), lists + _is_list(part))
 
     walk(batch, (), 0)
-    return [(path, value) for _, path, value in sorted(found, key=lambda leaf: leaf[0])]
+    if any(lists for lists, _, _ in found):
+        found.sort(key=lambda leaf: leaf[0])
+    return [(key, value) for _, key, value in found]
 
 
 def _parts(batch: Any) -> dict[str, Any] | None:
