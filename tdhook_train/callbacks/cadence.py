@@ -12,7 +12,10 @@ from tdhook_train.schedule import At, Clock, Every, Trigger, When
 
 __all__ = ["Moment", "by_default", "trigger"]
 
-Moment = Literal["training", "validation"]
+Moment = Literal["training", "validation", "end"]
+
+
+_MOMENTS = {"validation": "each validation", "end": "the end of the training"}
 
 
 def trigger(
@@ -26,7 +29,7 @@ def trigger(
     """Bring a cadence to one form; None where nothing was said.
 
     Raises:
-        MisconfigurationException: more than one, or one for validations, each of which is measured.
+        MisconfigurationException: more than one, or one for moments each of which is measured.
     """
     cadences = {
         "every_n_train_steps": None if every_n_train_steps is None else Every(optim_steps=every_n_train_steps),
@@ -39,10 +42,10 @@ def trigger(
     names = [*given, *([] if when is None else ["when"])]
     if len(names) > 1:
         raise MisconfigurationException(f"one cadence is wanted, and {' and '.join(names)} were given")
-    if at == "validation":
+    if at != "training":
         if names:
-            raise MisconfigurationException(f"at='validation' measures at each validation, and takes no {names[0]}")
-        return When(_always)
+            raise MisconfigurationException(f"at={at!r} measures at {_MOMENTS[at]}, and takes no {names[0]}")
+        return When(_always if at == "validation" else _never)
     return At(0) | next(iter(given.values())) if given else when
 
 
@@ -55,3 +58,7 @@ def by_default(trainer: Trainer) -> Trigger:
 
 def _always(clock: Clock) -> bool:  # noqa: ARG001 - asked only when there is something to measure
     return True
+
+
+def _never(clock: Clock) -> bool:  # noqa: ARG001 - what is left is measured at the end
+    return False

@@ -12,11 +12,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tdhook_train.callbacks.averages import average
+from tdhook_train.callbacks.averages import average, in_turn
 from tdhook_train.callbacks.batches import FixedBatch, Inputs, as_tensordict, in_keys
 from tdhook_train.callbacks.cadence import Moment, by_default, trigger
 from tdhook_train.callbacks.pictures import show
@@ -43,16 +44,19 @@ class ObserverCallback(Callback):
         every_n_epochs: epochs between them, or
         train_time_interval: wall time between them, or
         when: any trigger of :mod:`tdhook_train.schedule`. By default step 0 and every 2 % of the fit.
-        at: measure after optimizer steps, or at the end of each validation of the fit (then there is no cadence to
-            give), on the last batch validated where no other is given.
+        at: measure after optimizer steps; or at the end of each ``"validation"`` of the fit, on the last batch
+            validated where no other is given; or only at the ``"end"`` of the training. The last two take no cadence.
+            The weights at the end of the training are measured in any case.
         weights: which ones: those that are trained, or the running average of a
             :class:`~lightning.pytorch.callbacks.WeightAveraging` callback, under a run's name that ends in
-            ``-average``.
+            ``-average``. The callback moves behind that one in ``trainer.callbacks``, or before it to measure those
+            that are trained, which it replaces at the end.
         batch: what to measure on, always the same; as the training has it. The batch in training, if None.
         dataloader: takes the first ``rows`` of it for this, before the fit.
         rows: of the probe set that a dataloader gives.
         inputs: the keys of a batch that ``forward`` takes, in order, or a mapping of keys to names of its arguments;
-            the first by default. A tuple's parts are ``input``, ``target``, ``2``, …; a mapping keeps its keys.
+            the first by default. A tuple's parts are ``input``, ``target``, ``2``, …; a mapping keeps its keys; what is
+            nested is written with dots, ``a.input``.
         groups: of a probe set, which rows belong together: a key of it or a tensor. Without, rows are independent.
         dirpath: folder of the run; by default ``tdhook/<name>`` in the trainer's ``log_dir``.
         log_metrics: tell the trainer's loggers the mean of each key, and put it into ``trainer.callback_metrics``.
@@ -127,10 +131,9 @@ class ObserverCallback(Callback):
         self._begun = False
         if getattr(trainer, "fast_dev_run", 0):
             return
+        trainer.callbacks = in_turn(trainer.callbacks, self, after=self.weights == "average")  # type: ignore[attr-defined]
         self._ranks = Ranks(trainer, self.when or by_default(trainer))
-        self._fixed = self._on.settled(trainer, pl_module)
-        if self._ranks.first:
-            self._goes_on = self._restored is not None or self._state is not None
+        self._fixed = self._on.settled(trainer)
 
     def _folder(self, trainer: Trainer) -> Path:
         if self._dirpath is not None:
@@ -139,6 +142,10 @@ class ObserverCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._restored is None and self._state and self._state["clock"]["step"] == trainer.global_step:
+            self._restored = self._state  # the same trainer fits once more
+        self._state = None
+        self._goes_on = self._restored is not None
         self._batches = int(self._restored["clock"]["batches"]) if self._restored else 0
 
     @override
@@ -163,7 +170,7 @@ class ObserverCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._begun:
             self._begun = True
-            if trainer.global_step == 0 and self.at == "training":
+            if trainer.global_step == 0 and self.at != "validation":
                 self._step(trainer, pl_module, batch)
 
     @override
@@ -171,18 +178,19 @@ class ObserverCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batches += 1
-        if self.at == "training":
+        if self.at != "validation":
             self._step(trainer, pl_module, batch)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.at == "training":
+        if self.at != "validation":
             self._step(trainer, pl_module, self._last, epoch=trainer.current_epoch + 1)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._ranks is None:
             return
+        self._warn_of_nothing(trainer)
         with self._ranks.together():
             if self.observer is not None:
                 with trainer.precision_plugin.forward_context():
@@ -201,6 +209,15 @@ class ObserverCallback(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
+
+    def _warn_of_nothing(self, trainer: Trainer) -> None:
+        if trainer.global_step == 0 and self._batches:
+            rank_zero_warn(
+                f"{self.name!r}: the trainer counted no optimizer step, so that every row says step 0; it counts those "
+                "of self.optimizers(), but not of optimizers that are stepped without it"
+            )
+        elif self.observer is None and self.at == "validation" and trainer.is_global_zero:
+            rank_zero_warn(f"{self.name!r} measured nothing: at='validation', but the fit had none")
 
     def _close(self) -> None:
         if self.observer is not None:
@@ -246,8 +263,7 @@ class ObserverCallback(Callback):
             into=self._folder(trainer),
             on=self._fixed or "batch",
             loggers=list(trainer.loggers) if self.log_metrics else (),
-            resume=self._goes_on,
-            **self._settings,
+            **self._settings | ({"resume": True, "overwrite": False} if self._goes_on else {}),
         )
         with Undo() as undo:
             undo.callback(observer.close)
@@ -275,7 +291,9 @@ class ObserverCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self._state or {} if self.observer is None else self.observer.state_dict()
+        if self.observer is None:  # a fit that goes on may be saved before there is something to do
+            return self._restored or self._state or {}
+        return self.observer.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -283,7 +301,7 @@ class ObserverCallback(Callback):
 
 
 def _refuse_unknown(**given: str) -> None:
-    known = {"at": ("training", "validation"), "weights": ("live", "average")}
+    known = {"at": ("training", "validation", "end"), "weights": ("live", "average")}
     for setting, value in given.items():
         if value not in known[setting]:
             raise MisconfigurationException(f"{setting}={value!r}{did_you_mean(str(value), known[setting])}")

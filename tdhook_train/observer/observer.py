@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import nn
 
 from tdhook_train.buffer import ArtifactBuffer
@@ -133,7 +133,7 @@ class Observer:
         self,
         model: nn.Module,
         *,
-        in_keys: list[str] | Mapping[str, str] | None = None,
+        in_keys: Sequence[NestedKey] | Mapping[Any, str] | None = None,
         out_keys: list[str] | None = None,
     ) -> None:
         """Begin to observe a model: check what can be checked now, and remember its weights as the initial ones.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import nn
 
 from tdhook_train.errors import NetworkError, SchemaError
@@ -36,7 +36,7 @@ class Subject:
     def __init__(
         self,
         model: nn.Module,
-        in_keys: list[str] | Mapping[str, str] | None = None,
+        in_keys: Sequence[NestedKey] | Mapping[Any, str] | None = None,
         out_keys: list[str] | None = None,
     ) -> None:
         self.model = model

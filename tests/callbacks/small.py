@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
@@ -79,7 +81,9 @@ def left(model: nn.Module, trainer: pl.Trainer) -> dict[str, Any]:
     return {
         "weights": {key: value.clone() for key, value in model.state_dict().items()},
         "rng": torch.get_rng_state(),
-        "optimizer": trainer.optimizers[0].state_dict()["state"],
+        "optimizer": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "others": [random.getstate(), *map(str, np.random.get_state())],
         "modes": [module.training for module in model.modules()],
         "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
         "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
@@ -88,7 +92,7 @@ def left(model: nn.Module, trainer: pl.Trainer) -> dict[str, Any]:
 
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
-        return torch.equal(one, other)
+        return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, list):

@@ -65,6 +65,15 @@ def test_a_fit_that_is_resumed_has_the_rows_of_one_that_was_never_interrupted(sa
     assert rows(tmp_path / "whole", "attempt") == rows(tmp_path / "cut", "attempt")
 
 
+def test_what_was_loaded_is_saved_again_where_nothing_has_begun(tmp_path):
+    checkpoints = ModelCheckpoint(tmp_path / "ckpt", filename="end")
+    fitted(tmp_path, [checkpoints, watching(tmp_path / "run")])
+    again, key = watching(tmp_path / "run"), watching(tmp_path).state_key
+    state = torch.load(tmp_path / "ckpt" / "end.ckpt", weights_only=True)["callbacks"][key]
+    again.load_state_dict(state)
+    assert again.state_dict() == state != {}
+
+
 def test_a_checkpoint_can_be_read_by_people_without_this_package(tmp_path):
     checkpoints = ModelCheckpoint(tmp_path / "ckpt", filename="end")
     fitted(tmp_path, [checkpoints, watching(tmp_path / "run"), HealthCallback(dirpath=tmp_path / "health")])
