@@ -12,6 +12,7 @@ from tdhook_train.schedule import At, Budget, Every, Geometric, When
 
 if TYPE_CHECKING:
     from tdhook_train.buffer import ArtifactBuffer
+    from tdhook_train.checkpoints import sweep
     from tdhook_train.observer import LiveEdit, Observer, ProbeSet
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "Rewrite",
     "Seen",
     "When",
+    "sweep",
 ]
 
 # these bring torchrl along, which takes seconds to import: loaded on first use
@@ -39,6 +41,7 @@ _LATER = {
     "LiveEdit": "tdhook_train.observer",
     "Observer": "tdhook_train.observer",
     "ProbeSet": "tdhook_train.observer",
+    "sweep": "tdhook_train.checkpoints",
 }
 
 

@@ -42,9 +42,7 @@ class Checkpoint:
     epoch: int | None = None
 
 
-def read(
-    path: Path, *, weights: Which = "live", part: str | None = None, allow_pickle: bool = False
-) -> Checkpoint:
+def read(path: Path, *, weights: Which = "live", part: str | None = None, allow_pickle: bool = False) -> Checkpoint:
     """Read a checkpoint: Lightning's, TorchRL's (folder, archive, trainer file), a state dict, or safetensors.
 
     Args:

@@ -40,6 +40,7 @@ class Subject:
         out_keys: list[str] | None = None,
     ) -> None:
         self.model = model
+        self.asked = {"in_keys": in_keys, "out_keys": out_keys}
         self.is_loss = is_loss(model)
         self.view: View = isolated(model)
         self.networks = {

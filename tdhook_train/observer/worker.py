@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
-import torch
 from tensordict import TensorDictBase
 
 from tdhook_train.observer.measure import Rows
+from tdhook_train.observer.numerics import Numerics
 from tdhook_train.observer.sources import Source
 from tdhook_train.observer.station import Measurement, OfData, Station
 from tdhook_train.observer.subject import Subject
@@ -35,28 +35,17 @@ class Start:
         subject: what is observed; pickled, it is private copies of the networks.
         methods: of each row.
         seed: of what methods draw.
-        threads: of torch: sums over many values come out differently with another number.
-        dtype: what torch makes of Python's numbers.
-        precision: of float32 products, as torch names it.
-        deterministic: whether torch is asked for deterministic algorithms.
-        warns: whether it only warns where there is none.
+        numerics: how the training's process computes.
     """
 
     subject: Subject
     methods: Rows
     seed: int
-    threads: int = field(default_factory=torch.get_num_threads)
-    dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
-    precision: str = field(default_factory=torch.get_float32_matmul_precision)
-    deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
-    warns: bool = field(default_factory=torch.is_deterministic_algorithms_warn_only_enabled)
+    numerics: Numerics = field(default_factory=Numerics)
 
     def station(self) -> Station:
         """Compute as the training's process does, and give what measures."""
-        torch.set_num_threads(self.threads)
-        torch.set_default_dtype(self.dtype)
-        torch.set_float32_matmul_precision(self.precision)
-        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warns)
+        self.numerics.apply()
         return Station(self.methods, self.seed)
 
 

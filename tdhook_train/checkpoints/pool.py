@@ -1,0 +1,68 @@
+"""Blocks of checkpoints, measured here or by several processes; what became of them comes in their order."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from itertools import islice
+from typing import Any
+
+import cloudpickle
+
+from tdhook_train.checkpoints.work import Bench, Block, Done, Plan
+from tdhook_train.errors import SettingsError, WorkerError
+
+__all__ = ["worked"]
+
+_bench: Bench | None = None  # of this process, where it is one of several
+
+
+def worked(plan: Plan, blocks: Iterable[Block], workers: int) -> Iterator[Done]:
+    """Measure blocks of checkpoints.
+
+    Args:
+        plan: what is the same for all of them.
+        blocks: in order.
+        workers: processes; one is this one.
+
+    Raises:
+        SettingsError: the plan cannot be sent to another process.
+        WorkerError: a process ended.
+    """
+    if workers == 1:
+        bench = Bench(plan)
+        for block in blocks:
+            yield from bench.measure(block)
+        return
+    from joblib.externals import loky  # sends functions of the script along, and does not run it again
+
+    try:
+        sent = cloudpickle.dumps(plan)
+    except Exception as error:  # whatever pickling somebody's function raises
+        raise SettingsError(f"workers={workers} sends build, methods and data to processes: {error}") from error
+    environment: dict[str, Any] = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads of torch that wait awake take others' cores
+    pool = loky.ProcessPoolExecutor(workers, initializer=_begin, initargs=(sent, os.getcwd()), env=environment)
+    under_way: deque[Future[list[Done]]] = deque()
+    remaining = iter(blocks)
+    try:
+        under_way.extend(pool.submit(_measure, block) for block in islice(remaining, workers + 1))
+        while under_way:
+            yield from under_way.popleft().result()
+            under_way.extend(pool.submit(_measure, block) for block in islice(remaining, 1))
+    except loky.process_executor.BrokenProcessPool as error:
+        raise WorkerError(f"a process that measures checkpoints ended; what it said stands above. {error}") from error
+    finally:
+        pool.shutdown(wait=True, kill_workers=True)
+
+
+def _begin(plan: bytes, folder: str) -> None:
+    global _bench
+    os.chdir(folder)
+    _bench = Bench(cloudpickle.loads(plan))
+
+
+def _measure(block: Block) -> list[Done]:
+    assert _bench is not None
+    return list(_bench.measure(block))
