@@ -8,7 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,6 +20,7 @@ from tdhook_train.callbacks.batches import FixedBatch, Inputs, as_tensordict, in
 from tdhook_train.callbacks.cadence import Moment, by_default, trigger
 from tdhook_train.callbacks.pictures import show
 from tdhook_train.callbacks.ranks import Ranks
+from tdhook_train.callbacks.telling import NO_NAME, Telling, refuse_clashes
 from tdhook_train.errors import did_you_mean
 from tdhook_train.method import Method
 from tdhook_train.observer import Observer, ProbeSet
@@ -55,7 +55,10 @@ class ObserverCallback(Callback):
             the first by default. A tuple's parts are ``input``, ``target``, ``2``, …; a mapping keeps its keys.
         groups: of a probe set, which rows belong together: a key of it or a tensor. Without, rows are independent.
         dirpath: folder of the run; by default ``tdhook/<name>`` in the trainer's ``log_dir``.
-        log_metrics: tell the trainer's loggers the mean of each key, and put it into ``trainer.callback_metrics``.
+        log_metrics: tell the trainer's loggers the mean of each key, and put it into ``trainer.callback_metrics``,
+            where ``ModelCheckpoint(monitor=...)`` finds it. ``rank/effective_rank`` is that key of the row ``rank``;
+            with a ``name`` of the callback's own, ``name/rank/effective_rank``. MLflow gets ``_`` for what it refuses.
+        prog_bar: show the first of these in the progress bar: ``name: r2/target 0.93 (step 40)``.
         report: write the report of the run, a page and a picture, at the end of the fit, and give the picture to the
             loggers that take one; needs the ``plots`` extra.
         on_error: an error of a method stops the fit, warns, or is only recorded.
@@ -83,9 +86,10 @@ class ObserverCallback(Callback):
         groups: str | Tensor | None = None,
         dirpath: str | os.PathLike[str] | None = None,
         log_metrics: bool = True,
+        prog_bar: bool = True,
         report: bool = False,
         on_error: OnError = "raise",
-        name: str = "observer",
+        name: str = NO_NAME,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -100,7 +104,7 @@ class ObserverCallback(Callback):
             when=when,
             at=at,
         )
-        self.log_metrics, self.report = log_metrics, report
+        self.log_metrics, self.prog_bar, self.report = log_metrics, prog_bar, report
         self._on = FixedBatch(batch, dataloader, rows, groups)
         self._inputs = inputs
         self._dirpath = dirpath
@@ -120,6 +124,11 @@ class ObserverCallback(Callback):
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
+    @property
+    def rows(self) -> list[str]:
+        """What its rows are called."""
+        return [*self.methods, *self._settings.get("edits", ())]
+
     # ------------------------------------------------------------------ the fit
 
     @override
@@ -127,6 +136,8 @@ class ObserverCallback(Callback):
         self._begun = False
         if getattr(trainer, "fast_dev_run", 0):
             return
+        ours = [callback for callback in trainer.callbacks if isinstance(callback, ObserverCallback)]  # type: ignore[attr-defined]
+        refuse_clashes((callback.name, callback.rows) for callback in ours)
         self._ranks = Ranks(trainer, self.when or by_default(trainer))
         self._fixed = self._on.settled(trainer, pl_module)
         if self._ranks.first:
@@ -183,11 +194,11 @@ class ObserverCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._ranks is None:
             return
+        _ = trainer.callback_metrics  # as in _step
         with self._ranks.together():
             if self.observer is not None:
                 with trainer.precision_plugin.forward_context():
                     self.observer.finish(step=trainer.global_step)
-                self._tell(trainer)
                 if self.report:
                     self._show(trainer, self.observer)
         self._close()
@@ -219,6 +230,7 @@ class ObserverCallback(Callback):
         if not ranks.due(trainer.global_step, epoch, self._batches):
             self._observe(trainer, pl_module, None if self._fixed else as_tensordict(batch), epoch)
             return
+        _ = trainer.callback_metrics  # what is logged is reduced by all ranks, and here alone by none
         with ranks.together():
             self._observe(trainer, pl_module, None if self._fixed else ranks.whole(as_tensordict(batch)), epoch)
 
@@ -230,25 +242,26 @@ class ObserverCallback(Callback):
             known = td if self._fixed is None else self._fixed.td
             self.observer = self._opened(trainer, model, cast(TensorDictBase, known))
         with trainer.precision_plugin.forward_context():
-            if self.observer.step(model, td, step=trainer.global_step, epoch=epoch, batches=self._batches):
-                self._tell(trainer)
+            self.observer.step(model, td, step=trainer.global_step, epoch=epoch, batches=self._batches)
 
     def methods_for(self, batch: TensorDictBase) -> Mapping[str, Method | Sequence[Method]]:  # noqa: ARG002
         """Say what to measure, once it is known on what."""
         return self.methods
 
     def _opened(self, trainer: Trainer, model: nn.Module, batch: TensorDictBase) -> Observer:
+        telling = Telling(trainer, self.name, log_metrics=self.log_metrics, prog_bar=self.prog_bar)
         observer = Observer(
             self.methods_for(batch),
             when=cast(Ranks, self._ranks).when,
             into=self._folder(trainer),
             on=self._fixed or "batch",
-            loggers=list(trainer.loggers) if self.log_metrics else (),
+            loggers=telling,
             resume=self._goes_on,
             **self._settings,
         )
         with Undo() as undo:
             undo.callback(observer.close)
+            observer.undo.callback(telling.close)
             observer.optimizers[:] = trainer.optimizers
             observer.attach(model, in_keys=in_keys(batch, self._inputs))
             if self._restored is not None:
@@ -256,11 +269,6 @@ class ObserverCallback(Callback):
                 self._restored = None
             undo.pop_all()
         return observer
-
-    def _tell(self, trainer: Trainer) -> None:
-        if self.log_metrics and self.observer is not None:
-            found = {key: torch.tensor(value) for key, value in self.observer.scalars.items()}
-            trainer.callback_metrics.update(found)
 
     def _show(self, trainer: Trainer, observer: Observer) -> None:
         from tdhook_train.plots import write_report  # brings plotly and matplotlib along

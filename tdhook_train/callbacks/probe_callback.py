@@ -57,9 +57,10 @@ class ProbeCallback(ObserverCallback):
             kind = "ridge" if read(batch, target).is_floating_point() else "logistic"
             by_kind[kind][name] = target
         chosen = {kind: _KINDS[kind](layers=self._layers, target=own) for kind, own in by_kind.items() if own}
+        (row,) = self.methods
         if len(chosen) == 1:
-            return {self.name: next(iter(chosen.values()))}
-        return {self.name: chosen["ridge"], f"{self.name}.classes": chosen["logistic"]}
+            return {row: next(iter(chosen.values()))}
+        return {row: chosen["ridge"], f"{row}.classes": chosen["logistic"]}
 
 
 _KINDS: dict[str, type[RidgeProbe] | type[LogisticProbe]] = {"ridge": RidgeProbe, "logistic": LogisticProbe}
