@@ -17,7 +17,7 @@ class ActivationCallback(ObserverCallback):
     Args:
         layers: paths, patterns, module classes or predicates.
         keep: inputs whose activations are kept at each measurement, spread evenly over the batch; all if None.
-        options: of :class:`ObserverCallback`; an :class:`~tdhook_train.ArtifactBuffer` of your own bounds what is kept.
+        options: of :class:`ObserverCallback`; ``limits`` bounds what is kept on the disk.
     """
 
     def __init__(

@@ -8,22 +8,24 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tdhook_train.buffer import ArtifactBuffer
+from tdhook_train.buffer.folder import check_name
 from tdhook_train.callbacks.averages import average
 from tdhook_train.callbacks.batches import FixedBatch, Inputs, as_tensordict, in_keys
 from tdhook_train.callbacks.cadence import Moment, by_default, trigger
 from tdhook_train.callbacks.pictures import show
 from tdhook_train.callbacks.ranks import Ranks
+from tdhook_train.callbacks.refusals import refuse_settings, refuse_words, remove_if_new
 from tdhook_train.callbacks.telling import NO_NAME, Telling, refuse_clashes
-from tdhook_train.errors import did_you_mean
 from tdhook_train.method import Method
 from tdhook_train.observer import Observer, ProbeSet
+from tdhook_train.observer.measure import rows_of
 from tdhook_train.observer.ticks import OnError
 from tdhook_train.schedule import Trigger
 from tdhook_train.undo import Undo
@@ -55,6 +57,8 @@ class ObserverCallback(Callback):
             the first by default. A tuple's parts are ``input``, ``target``, ``2``, …; a mapping keeps its keys.
         groups: of a probe set, which rows belong together: a key of it or a tensor. Without, rows are independent.
         dirpath: folder of the run; by default ``tdhook/<name>`` in the trainer's ``log_dir``.
+        limits: of what the run keeps: ``capacity``, ``max_bytes`` and ``keep`` of
+            :class:`~tdhook_train.ArtifactBuffer`; everything is kept by default.
         log_metrics: tell the trainer's loggers the mean of each key, and put it into ``trainer.callback_metrics``,
             where ``ModelCheckpoint(monitor=...)`` finds it. ``rank/effective_rank`` is that key of the row ``rank``;
             with a ``name`` of the callback's own, ``name/rank/effective_rank``. MLflow gets ``_`` for what it refuses.
@@ -85,6 +89,7 @@ class ObserverCallback(Callback):
         inputs: Inputs = None,
         groups: str | Tensor | None = None,
         dirpath: str | os.PathLike[str] | None = None,
+        limits: Mapping[str, Any] | None = None,
         log_metrics: bool = True,
         prog_bar: bool = True,
         report: bool = False,
@@ -93,10 +98,15 @@ class ObserverCallback(Callback):
         **settings: Any,
     ) -> None:
         super().__init__()
-        _refuse_unknown(at=at, weights=weights)
+        refuse_words(at=at, weights=weights, on_error=on_error)
+        refuse_settings(type(self), settings, limits or {})
+        check_name(name)
         self.name = name if weights == "live" else f"{name}-average"
         self.at, self.weights = at, weights
         self.methods = dict(methods) if isinstance(methods, Mapping) else {name: methods}
+        rows_of(self.methods, none=bool(settings.get("edits")))
+        if batch is not None:
+            in_keys(as_tensordict(batch), inputs)
         self.when = trigger(
             every_n_train_steps=every_n_train_steps,
             every_n_epochs=every_n_epochs,
@@ -107,7 +117,7 @@ class ObserverCallback(Callback):
         self.log_metrics, self.prog_bar, self.report = log_metrics, prog_bar, report
         self._on = FixedBatch(batch, dataloader, rows, groups)
         self._inputs = inputs
-        self._dirpath = dirpath
+        self._dirpath, self._limits = dirpath, dict(limits or {})
         self._settings = {"on_error": on_error, **settings}
         self.observer: Observer | None = None
         self._fixed: ProbeSet | None = None
@@ -147,6 +157,11 @@ class ObserverCallback(Callback):
         if self._dirpath is not None:
             return Path(self._dirpath)
         return Path(trainer.log_dir or trainer.default_root_dir) / "tdhook" / self.name
+
+    def _into(self, trainer: Trainer) -> ArtifactBuffer | Path:
+        folder, settings = self._folder(trainer), {"resume": self._goes_on, **self._settings}
+        opened = {name: settings[name] for name in ("resume", "overwrite") if name in settings}
+        return ArtifactBuffer(folder, **opened, **self._limits) if self._limits else folder
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,11 +253,20 @@ class ObserverCallback(Callback):
         if not trainer.is_global_zero:
             return
         model = pl_module if self.weights == "live" else average(trainer)
-        if self.observer is None:
-            known = td if self._fixed is None else self._fixed.td
-            self.observer = self._opened(trainer, model, cast(TensorDictBase, known))
-        with trainer.precision_plugin.forward_context():
-            self.observer.step(model, td, step=trainer.global_step, epoch=epoch, batches=self._batches)
+        with Undo() as undo:  # a measurement that fails at once leaves nothing behind
+            if self.observer is None:
+                remove_if_new(self._folder(trainer), undo)
+                known = td if self._fixed is None else self._fixed.td
+                self.observer = self._opened(trainer, model, cast(TensorDictBase, known))
+                undo.callback(self._drop)
+            with trainer.precision_plugin.forward_context():
+                self.observer.step(model, td, step=trainer.global_step, epoch=epoch, batches=self._batches)
+            undo.pop_all()
+
+    def _drop(self) -> None:
+        observer, self.observer = self.observer, None
+        if observer is not None:
+            observer.close()
 
     def methods_for(self, batch: TensorDictBase) -> Mapping[str, Method | Sequence[Method]]:  # noqa: ARG002
         """Say what to measure, once it is known on what."""
@@ -253,7 +277,7 @@ class ObserverCallback(Callback):
         observer = Observer(
             self.methods_for(batch),
             when=cast(Ranks, self._ranks).when,
-            into=self._folder(trainer),
+            into=self._into(trainer),
             on=self._fixed or "batch",
             loggers=telling,
             resume=self._goes_on,
@@ -286,10 +310,3 @@ class ObserverCallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
-
-
-def _refuse_unknown(**given: str) -> None:
-    known = {"at": ("training", "validation"), "weights": ("live", "average")}
-    for setting, value in given.items():
-        if value not in known[setting]:
-            raise MisconfigurationException(f"{setting}={value!r}{did_you_mean(str(value), known[setting])}")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from tensordict import TensorDictBase
 from typing_extensions import override
 
+from tdhook_train.callbacks.batches import as_tensordict
 from tdhook_train.callbacks.observer_callback import ObserverCallback
 from tdhook_train.errors import SettingsError, did_you_mean
 from tdhook_train.hooks import Selection
@@ -46,6 +47,10 @@ class ProbeCallback(ObserverCallback):
         method = probe if isinstance(probe, Method) else _KINDS.get(probe, RidgeProbe)(layers=layers, target=target)
         super().__init__(method, name=name, **options)
         self._auto = probe == "auto"
+        if (batch := options.get("batch")) is not None and not isinstance(probe, Method):
+            known = as_tensordict(batch)
+            for one in named(target).values():
+                read(known, one)  # or raise
 
     @override
     def methods_for(self, batch: TensorDictBase) -> Mapping[str, Method | Sequence[Method]]:
