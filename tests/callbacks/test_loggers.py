@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,10 +20,19 @@ from small import data, fitted, same
 from tensordict import TensorDict
 
 from tdhook_train import ArtifactBuffer, At, Every
-from tdhook_train.callbacks import HealthCallback, ObserverCallback, ProbeCallback
+from tdhook_train.callbacks import (
+    ActivationCallback,
+    AttributionCallback,
+    EditCallback,
+    HealthCallback,
+    ObserverCallback,
+    PatchingCallback,
+    ProbeCallback,
+    SimilarityCallback,
+)
 from tdhook_train.callbacks.telling import Telling
 from tdhook_train.health import EffectiveRank
-from tdhook_train.latent import RidgeProbe
+from tdhook_train.latent import Ablate, RidgeProbe
 
 TARGETS = {"a:0": ("target", 0), "a_0": ("input", 1), "b[1], (c)": ("input", 2), "ü": ("input", 3), "x.y/z": "target"}
 PLAIN = {"a:0": "a_0", "a_0": "a_0_2", "b[1], (c)": "b_1__ _c_", "ü": "_", "x.y/z": "x.y/z"}  # as MLflow takes them
@@ -269,6 +280,34 @@ def test_callbacks_that_would_overwrite_each_others_values_are_refused(tmp_path)
     with pytest.raises(MisconfigurationException, match=r"'probe' and 'observer' would both log 'probe/...'; give one"):
         fitted(tmp_path, probes)
     assert not list(tmp_path.iterdir())
+
+
+NAMED = {
+    "activations": lambda **o: ActivationCallback("net.*", **o),
+    "attribution": lambda **o: AttributionCallback(**o),
+    "edit": lambda **o: EditCallback(Ablate("net.4", 0), when=At(2), steps=2, dirpath=o["dirpath"]),
+    "health": lambda **o: HealthCallback("net.*", **o),
+    "patching": lambda **o: PatchingCallback("net.*", "output", 4, **o),
+    "probe": lambda **o: ProbeCallback("net.*", **o),
+    "similarity": lambda **o: SimilarityCallback("net.*", ("initial", "previous", "layers"), **o),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_what_a_callback_says_that_it_logs_is_what_it_logs(name, tmp_path):
+    class Notes(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            self.keys = set(trainer.callback_metrics)
+
+    notes = Notes()
+    callback = NAMED[name](batch=batch(), every_n_train_steps=6, dirpath=tmp_path / "run")
+    fitted(tmp_path, [callback, notes])
+    said = set(re.findall(rf"``({name}/[^`]+)``", type(callback).__doc__ or ""))
+    said = {key.replace("<target>", "target").replace("<metric>", "output") for key in said}
+    said |= {key.replace("<tau>", tau) for key in said if "<tau>" in key for tau in ("0.0", "0.025", "0.1")}
+    said |= {key.replace("<layer>", f"net.{i}") for key in said if "<layer>" in key for i in range(6)}
+    absent = {"probe/r2_null/target", "similarity/cka_reference"}  # of independent rows, and without a reference
+    assert {key for key in said if "<" not in key} - absent == notes.keys
 
 
 def test_nothing_is_told_where_that_is_not_wanted(tmp_path):
