@@ -21,6 +21,12 @@ class EditCallback(ObserverCallback):
         when: from when on, or when once.
         steps: how many optimizer steps a span lasts; to the end of the fit, if None.
         options: of :class:`ObserverCallback`.
+
+    Loggers are told ``edit/active`` of a span, 1 where it begins and 0 where it ends, and of weights written what the
+    edit writes.
+
+    Example:
+        >>> EditCallback(ReDo(), when=Every(optim_steps=1000))  # doctest: +SKIP
     """
 
     def __init__(

@@ -8,8 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,14 +15,18 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tdhook_train.buffer import ArtifactBuffer
+from tdhook_train.buffer.folder import check_name
 from tdhook_train.callbacks.averages import average, in_turn
 from tdhook_train.callbacks.batches import FixedBatch, Inputs, as_tensordict, in_keys
 from tdhook_train.callbacks.cadence import Moment, by_default, trigger
 from tdhook_train.callbacks.pictures import show
 from tdhook_train.callbacks.ranks import Ranks
-from tdhook_train.errors import did_you_mean
+from tdhook_train.callbacks.refusals import refuse_settings, refuse_words, remove_if_new
+from tdhook_train.callbacks.telling import NO_NAME, Telling, refuse_clashes
 from tdhook_train.method import Method
 from tdhook_train.observer import Observer, ProbeSet
+from tdhook_train.observer.measure import rows_of
 from tdhook_train.observer.ticks import OnError
 from tdhook_train.schedule import Trigger
 from tdhook_train.undo import Undo
@@ -59,7 +61,12 @@ class ObserverCallback(Callback):
             nested is written with dots, ``a.input``.
         groups: of a probe set, which rows belong together: a key of it or a tensor. Without, rows are independent.
         dirpath: folder of the run; by default ``tdhook/<name>`` in the trainer's ``log_dir``.
-        log_metrics: tell the trainer's loggers the mean of each key, and put it into ``trainer.callback_metrics``.
+        limits: of what the run keeps: ``capacity``, ``max_bytes`` and ``keep`` of
+            :class:`~tdhook_train.ArtifactBuffer`; everything is kept by default.
+        log_metrics: tell the trainer's loggers the mean of each key, and put it into ``trainer.callback_metrics``,
+            where ``ModelCheckpoint(monitor=...)`` finds it. ``rank/effective_rank`` is that key of the row ``rank``;
+            with a ``name`` of the callback's own, ``name/rank/effective_rank``. MLflow gets ``_`` for what it refuses.
+        prog_bar: show the first of these in the progress bar: ``name: r2/target 0.93 (step 40)``.
         report: write the report of the run, a page and a picture, at the end of the fit, and give the picture to the
             loggers that take one; needs the ``plots`` extra.
         on_error: an error of a method stops the fit, warns, or is only recorded.
@@ -86,17 +93,24 @@ class ObserverCallback(Callback):
         inputs: Inputs = None,
         groups: str | Tensor | None = None,
         dirpath: str | os.PathLike[str] | None = None,
+        limits: Mapping[str, Any] | None = None,
         log_metrics: bool = True,
+        prog_bar: bool = True,
         report: bool = False,
         on_error: OnError = "raise",
-        name: str = "observer",
+        name: str = NO_NAME,
         **settings: Any,
     ) -> None:
         super().__init__()
-        _refuse_unknown(at=at, weights=weights)
+        refuse_words(at=at, weights=weights, on_error=on_error)
+        refuse_settings(type(self), settings, limits or {})
+        check_name(name)
         self.name = name if weights == "live" else f"{name}-average"
         self.at, self.weights = at, weights
         self.methods = dict(methods) if isinstance(methods, Mapping) else {name: methods}
+        rows_of(self.methods, none=bool(settings.get("edits")))
+        if batch is not None:
+            in_keys(as_tensordict(batch), inputs)
         self.when = trigger(
             every_n_train_steps=every_n_train_steps,
             every_n_epochs=every_n_epochs,
@@ -104,10 +118,10 @@ class ObserverCallback(Callback):
             when=when,
             at=at,
         )
-        self.log_metrics, self.report = log_metrics, report
+        self.log_metrics, self.prog_bar, self.report = log_metrics, prog_bar, report
         self._on = FixedBatch(batch, dataloader, rows, groups)
         self._inputs = inputs
-        self._dirpath = dirpath
+        self._dirpath, self._limits = dirpath, dict(limits or {})
         self._settings = {"on_error": on_error, **settings}
         self.observer: Observer | None = None
         self._fixed: ProbeSet | None = None
@@ -124,6 +138,11 @@ class ObserverCallback(Callback):
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
+    @property
+    def rows(self) -> list[str]:
+        """What its rows are called."""
+        return [*self.methods, *self._settings.get("edits", ())]
+
     # ------------------------------------------------------------------ the fit
 
     @override
@@ -131,6 +150,8 @@ class ObserverCallback(Callback):
         self._begun = False
         if getattr(trainer, "fast_dev_run", 0):
             return
+        ours = [callback for callback in trainer.callbacks if isinstance(callback, ObserverCallback)]  # type: ignore[attr-defined]
+        refuse_clashes((callback.name, callback.rows) for callback in ours)
         trainer.callbacks = in_turn(trainer.callbacks, self, after=self.weights == "average")  # type: ignore[attr-defined]
         self._ranks = Ranks(trainer, self.when or by_default(trainer))
         self._fixed = self._on.settled(trainer)
@@ -139,6 +160,14 @@ class ObserverCallback(Callback):
         if self._dirpath is not None:
             return Path(self._dirpath)
         return Path(trainer.log_dir or trainer.default_root_dir) / "tdhook" / self.name
+
+    def _into(self, trainer: Trainer) -> ArtifactBuffer | Path:
+        folder, settings = self._folder(trainer), self._settings_now()
+        opened = {name: settings[name] for name in ("resume", "overwrite") if name in settings}
+        return ArtifactBuffer(folder, **opened, **self._limits) if self._limits else folder
+
+    def _settings_now(self) -> dict[str, Any]:
+        return self._settings | ({"resume": True, "overwrite": False} if self._goes_on else {})
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,11 +220,11 @@ class ObserverCallback(Callback):
         if self._ranks is None:
             return
         self._warn_of_nothing(trainer)
+        _ = trainer.callback_metrics  # as in _step
         with self._ranks.together():
             if self.observer is not None:
                 with trainer.precision_plugin.forward_context():
                     self.observer.finish(step=trainer.global_step)
-                self._tell(trainer)
                 if self.report:
                     self._show(trainer, self.observer)
         self._close()
@@ -236,6 +265,7 @@ class ObserverCallback(Callback):
         if not ranks.due(trainer.global_step, epoch, self._batches):
             self._observe(trainer, pl_module, lambda: as_tensordict(batch), epoch)
             return
+        _ = trainer.callback_metrics  # what is logged is reduced by all ranks, and here alone by none
         with ranks.together():
             whole = None if self._fixed else ranks.whole(as_tensordict(batch))
             self._observe(trainer, pl_module, lambda: cast(TensorDictBase, whole), epoch)
@@ -246,27 +276,49 @@ class ObserverCallback(Callback):
         if not trainer.is_global_zero:
             return
         model = pl_module if self.weights == "live" else average(trainer)
-        if self.observer is None:
+        if self.observer is not None:
+            self._measure(self.observer, trainer, model, batch, epoch)
+            return
+        with Undo() as undo:  # a measurement that fails at once leaves nothing behind
+            remove_if_new(self._folder(trainer), undo)
             self.observer = self._opened(trainer, model, batch() if self._fixed is None else self._fixed.td)
+            undo.callback(self._drop)
+            self._measure(self.observer, trainer, model, batch, epoch)
+            undo.pop_all()
+
+    def _measure(
+        self,
+        observer: Observer,
+        trainer: Trainer,
+        model: nn.Module,
+        batch: Callable[[], TensorDictBase],
+        epoch: int,
+    ) -> None:
         with trainer.precision_plugin.forward_context():
-            if self.observer.step(model, batch, step=trainer.global_step, epoch=epoch, batches=self._batches):
-                self._tell(trainer)
+            observer.step(model, batch, step=trainer.global_step, epoch=epoch, batches=self._batches)
+
+    def _drop(self) -> None:
+        observer, self.observer = self.observer, None
+        if observer is not None:
+            observer.close()
 
     def methods_for(self, batch: TensorDictBase) -> Mapping[str, Method | Sequence[Method]]:  # noqa: ARG002
         """Say what to measure, once it is known on what."""
         return self.methods
 
     def _opened(self, trainer: Trainer, model: nn.Module, batch: TensorDictBase) -> Observer:
+        telling = Telling(trainer, self.name, log_metrics=self.log_metrics, prog_bar=self.prog_bar)
         observer = Observer(
             self.methods_for(batch),
             when=cast(Ranks, self._ranks).when,
-            into=self._folder(trainer),
+            into=self._into(trainer),
             on=self._fixed or "batch",
-            loggers=list(trainer.loggers) if self.log_metrics else (),
-            **self._settings | ({"resume": True, "overwrite": False} if self._goes_on else {}),
+            loggers=telling,
+            **self._settings_now(),
         )
         with Undo() as undo:
             undo.callback(observer.close)
+            observer.undo.callback(telling.close)
             observer.optimizers[:] = trainer.optimizers
             observer.attach(model, in_keys=in_keys(batch, self._inputs))
             if self._restored is not None:
@@ -274,11 +326,6 @@ class ObserverCallback(Callback):
                 self._restored = None
             undo.pop_all()
         return observer
-
-    def _tell(self, trainer: Trainer) -> None:
-        if self.log_metrics and self.observer is not None:
-            found = {key: torch.tensor(value) for key, value in self.observer.scalars.items()}
-            trainer.callback_metrics.update(found)
 
     def _show(self, trainer: Trainer, observer: Observer) -> None:
         from tdhook_train.plots import write_report  # brings plotly and matplotlib along
@@ -298,10 +345,3 @@ class ObserverCallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
-
-
-def _refuse_unknown(**given: str) -> None:
-    known = {"at": ("training", "validation", "end"), "weights": ("live", "average")}
-    for setting, value in given.items():
-        if value not in known[setting]:
-            raise MisconfigurationException(f"{setting}={value!r}{did_you_mean(str(value), known[setting])}")
