@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tdhook_train.callbacks.averages import average
-from tdhook_train.callbacks.batches import FixedBatch, Inputs, as_tensordict, in_keys
+from tdhook_train.callbacks.batches import FixedBatch, Inputs, in_keys
 from tdhook_train.callbacks.cadence import Moment, by_default, trigger
 from tdhook_train.callbacks.pictures import show
-from tdhook_train.callbacks.ranks import Ranks
+from tdhook_train.callbacks.ranks import Ranks, refuse_sharded
+from tdhook_train.callbacks.replicas import Replicas
 from tdhook_train.errors import did_you_mean
 from tdhook_train.method import Method
 from tdhook_train.observer import Observer, ProbeSet
@@ -108,6 +109,8 @@ class ObserverCallback(Callback):
         self.observer: Observer | None = None
         self._fixed: ProbeSet | None = None
         self._ranks: Ranks | None = None  # none outside a fit
+        self._replicas: Replicas | None = None  # likewise, and where one process fits alone
+        self._folder: Path | None = None
         self._restored: dict[str, Any] | None = None
         self._state: dict[str, Any] | None = None  # of the last fit
         self._goes_on = False
@@ -123,23 +126,36 @@ class ObserverCallback(Callback):
     # ------------------------------------------------------------------ the fit
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == TrainerFn.FITTING:
+            refuse_sharded(trainer.strategy)
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begun = False
         if getattr(trainer, "fast_dev_run", 0):
             return
-        self._ranks = Ranks(trainer, self.when or by_default(trainer))
-        self._fixed = self._on.settled(trainer, pl_module)
-        if self._ranks.first:
+        # all processes ask the trainer, which speaks with the others, and the first one's answers count
+        when = self.when or trainer.strategy.broadcast(by_default(trainer))
+        folder = trainer.log_dir if self._dirpath is None else None
+        self._folder = Path(self._dirpath or Path(folder or trainer.default_root_dir) / "tdhook" / self.name)
+        edits = self._settings.get("edits") or {}
+        self._ranks = ranks = Ranks(trainer, when, [edit.when for edit in edits.values()])
+        self._replicas = Replicas(edits, first=ranks.first) if ranks.several and edits else None
+        ranks.of_each(lambda: self._settle(trainer, pl_module))
+        if ranks.first:
             self._goes_on = self._restored is not None or self._state is not None
 
-    def _folder(self, trainer: Trainer) -> Path:
-        if self._dirpath is not None:
-            return Path(self._dirpath)
-        return Path(trainer.log_dir or trainer.default_root_dir) / "tdhook" / self.name
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._fixed = self._on.settled(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batches = int(self._restored["clock"]["batches"]) if self._restored else 0
+        if self._restored and self._ranks is not None:
+            self._ranks.clock.load_state_dict(dict(self._restored["clock"]))
+            if not self._ranks.first:  # which opens the observer that takes it
+                self._restored = None
 
     @override
     def on_validation_batch_end(
@@ -181,22 +197,28 @@ class ObserverCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._ranks is None:
+        if (ranks := self._ranks) is None:
             return
-        with self._ranks.together():
-            if self.observer is not None:
-                with trainer.precision_plugin.forward_context():
-                    self.observer.finish(step=trainer.global_step)
-                self._tell(trainer)
-                if self.report:
-                    self._show(trainer, self.observer)
+        if ranks.begun or not ranks.several:
+            own = self._fixed is not None or not ranks.several  # a process alone has told its observer of the batch
+            td = None if own else ranks.whole(self._last)
+            self._tell(trainer, ranks.of_first(lambda: self._finish(trainer, td)))
         self._close()
+
+    def _finish(self, trainer: Trainer, td: TensorDictBase | None) -> dict[str, float]:
+        if self.observer is None:
+            return {}
+        with trainer.precision_plugin.forward_context():
+            self.observer.finish(td, step=trainer.global_step)
+        if self.report:
+            self._show(trainer, self.observer)
+        return self.observer.scalars
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.observer is not None:
             self.observer.__exit__(type(exception), exception, exception.__traceback__)
-        self._last = self._ranks = self.observer = None
+        self._let_go()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -206,7 +228,12 @@ class ObserverCallback(Callback):
         if self.observer is not None:
             self._state = self.observer.state_dict()
             self.observer.close()
-        self._last = self._ranks = self.observer = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._replicas is not None:
+            self._replicas.close()
+        self._last = self._ranks = self._replicas = self.observer = None
 
     # ------------------------------------------------------------------ a moment
 
@@ -216,22 +243,31 @@ class ObserverCallback(Callback):
             return
         self._last = batch
         epoch = trainer.current_epoch if epoch is None else epoch
-        if not ranks.due(trainer.global_step, epoch, self._batches):
-            self._observe(trainer, pl_module, None if self._fixed else as_tensordict(batch), epoch)
+        if ranks.several and not ranks.due(self.observer, trainer.global_step, epoch, self._batches):
+            with ranks.alone():  # clocks go on, and spans end
+                self._observe(trainer, pl_module, None, epoch)
+            if self._replicas is not None:
+                self._replicas.end(trainer.global_step)
             return
-        with ranks.together():
-            self._observe(trainer, pl_module, None if self._fixed else ranks.whole(as_tensordict(batch)), epoch)
+        td = None if self._fixed else ranks.whole(batch)
+        found, spans = ranks.of_first(lambda: self._observe(trainer, pl_module, td, epoch))
+        self._tell(trainer, found)
+        if self._replicas is not None:
+            self._replicas.follow(pl_module, trainer.optimizers, spans)
 
-    def _observe(self, trainer: Trainer, pl_module: LightningModule, td: TensorDictBase | None, epoch: int) -> None:
+    def _observe(
+        self, trainer: Trainer, pl_module: LightningModule, td: TensorDictBase | None, epoch: int
+    ) -> tuple[dict[str, float], dict[str, int | None]]:
+        """Take one step of the first process's observer; return new scalars, and the spans that are held."""
         if not trainer.is_global_zero:
-            return
+            return {}, {}
         model = pl_module if self.weights == "live" else average(trainer)
         if self.observer is None:
             known = td if self._fixed is None else self._fixed.td
             self.observer = self._opened(trainer, model, cast(TensorDictBase, known))
         with trainer.precision_plugin.forward_context():
-            if self.observer.step(model, td, step=trainer.global_step, epoch=epoch, batches=self._batches):
-                self._tell(trainer)
+            new = self.observer.step(model, td, step=trainer.global_step, epoch=epoch, batches=self._batches)
+        return self.observer.scalars if new else {}, self.observer.spans
 
     def methods_for(self, batch: TensorDictBase) -> Mapping[str, Method | Sequence[Method]]:  # noqa: ARG002
         """Say what to measure, once it is known on what."""
@@ -241,7 +277,7 @@ class ObserverCallback(Callback):
         observer = Observer(
             self.methods_for(batch),
             when=cast(Ranks, self._ranks).when,
-            into=self._folder(trainer),
+            into=cast(Path, self._folder),
             on=self._fixed or "batch",
             loggers=list(trainer.loggers) if self.log_metrics else (),
             resume=self._goes_on,
@@ -257,10 +293,9 @@ class ObserverCallback(Callback):
             undo.pop_all()
         return observer
 
-    def _tell(self, trainer: Trainer) -> None:
-        if self.log_metrics and self.observer is not None:
-            found = {key: torch.tensor(value) for key, value in self.observer.scalars.items()}
-            trainer.callback_metrics.update(found)
+    def _tell(self, trainer: Trainer, found: Mapping[str, float]) -> None:
+        if self.log_metrics:
+            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in found.items()})
 
     def _show(self, trainer: Trainer, observer: Observer) -> None:
         from tdhook_train.plots import write_report  # brings plotly and matplotlib along
