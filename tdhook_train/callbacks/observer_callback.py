@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -30,6 +31,8 @@ from tdhook_train.schedule import Trigger
 from tdhook_train.undo import Undo
 
 __all__ = ["ObserverCallback"]
+
+_Found = tuple[dict[str, float], dict[str, int | None]]  # new scalars, and the edits that are held
 
 
 class ObserverCallback(Callback):
@@ -113,10 +116,11 @@ class ObserverCallback(Callback):
         self._folder: Path | None = None
         self._restored: dict[str, Any] | None = None
         self._state: dict[str, Any] | None = None  # of the last fit
-        self._goes_on = False
+        self._resumes = False
         self._last: Any = None  # batch of the training
         self._batches = 0  # trained on
         self._begun = False
+        self._held = False  # whether a checkpoint was made while edits were held
 
     @property
     @override
@@ -144,7 +148,7 @@ class ObserverCallback(Callback):
         self._replicas = Replicas(edits, first=ranks.first) if ranks.several and edits else None
         ranks.of_each(lambda: self._settle(trainer, pl_module))
         if ranks.first:
-            self._goes_on = self._restored is not None or self._state is not None
+            self._resumes = self._restored is not None or self._state is not None
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fixed = self._on.settled(trainer, pl_module)
@@ -152,6 +156,7 @@ class ObserverCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batches = int(self._restored["clock"]["batches"]) if self._restored else 0
+        self._held = bool(self._restored and self._restored["edits"])
         if self._restored and self._ranks is not None:
             self._ranks.clock.load_state_dict(dict(self._restored["clock"]))
             if not self._ranks.first:  # which opens the observer that takes it
@@ -179,7 +184,9 @@ class ObserverCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._begun:
             self._begun = True
-            if trainer.global_step == 0 and self.at == "training":
+            if self._held:  # the batch that comes is to be trained with them
+                self._together(trainer, pl_module, batch, self._go_on)
+            elif trainer.global_step == 0 and self.at == "training":
                 self._step(trainer, pl_module, batch)
 
     @override
@@ -249,25 +256,37 @@ class ObserverCallback(Callback):
             if self._replicas is not None:
                 self._replicas.end(trainer.global_step)
             return
+        self._together(trainer, pl_module, batch, partial(self._observe, epoch=epoch))
+
+    def _together(self, trainer: Trainer, pl_module: LightningModule, batch: Any, do: Callable[..., _Found]) -> None:
+        """Let the first process do something, and all have what comes of it: new scalars, and the spans it holds."""
+        if (ranks := self._ranks) is None:
+            return
         td = None if self._fixed else ranks.whole(batch)
-        found, spans = ranks.of_first(lambda: self._observe(trainer, pl_module, td, epoch))
+        found, spans = ranks.of_first(lambda: do(trainer, pl_module, td))
         self._tell(trainer, found)
         if self._replicas is not None:
             self._replicas.follow(pl_module, trainer.optimizers, spans)
 
-    def _observe(
-        self, trainer: Trainer, pl_module: LightningModule, td: TensorDictBase | None, epoch: int
-    ) -> tuple[dict[str, float], dict[str, int | None]]:
-        """Take one step of the first process's observer; return new scalars, and the spans that are held."""
+    def _go_on(self, trainer: Trainer, pl_module: LightningModule, td: TensorDictBase | None) -> _Found:
+        return {}, self._known(trainer, pl_module, td)[0].spans
+
+    def _observe(self, trainer: Trainer, pl_module: LightningModule, td: TensorDictBase | None, epoch: int) -> _Found:
         if not trainer.is_global_zero:
             return {}, {}
+        observer, model = self._known(trainer, pl_module, td)
+        with trainer.precision_plugin.forward_context():
+            new = observer.step(model, td, step=trainer.global_step, epoch=epoch, batches=self._batches)
+        return observer.scalars if new else {}, observer.spans
+
+    def _known(
+        self, trainer: Trainer, pl_module: LightningModule, td: TensorDictBase | None
+    ) -> tuple[Observer, nn.Module]:
         model = pl_module if self.weights == "live" else average(trainer)
         if self.observer is None:
             known = td if self._fixed is None else self._fixed.td
             self.observer = self._opened(trainer, model, cast(TensorDictBase, known))
-        with trainer.precision_plugin.forward_context():
-            new = self.observer.step(model, td, step=trainer.global_step, epoch=epoch, batches=self._batches)
-        return self.observer.scalars if new else {}, self.observer.spans
+        return self.observer, model
 
     def methods_for(self, batch: TensorDictBase) -> Mapping[str, Method | Sequence[Method]]:  # noqa: ARG002
         """Say what to measure, once it is known on what."""
@@ -280,7 +299,7 @@ class ObserverCallback(Callback):
             into=cast(Path, self._folder),
             on=self._fixed or "batch",
             loggers=list(trainer.loggers) if self.log_metrics else (),
-            resume=self._goes_on,
+            resume=self._resumes,
             **self._settings,
         )
         with Undo() as undo:

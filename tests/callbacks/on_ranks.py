@@ -226,8 +226,11 @@ def monitored(path: Path) -> Any:
 
 
 class Stops(Callback):
+    def __init__(self, at: int) -> None:
+        self.at = at
+
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == 5:
+        if trainer.global_step == self.at:
             raise ZeroDivisionError("cut short")
 
 
@@ -240,7 +243,7 @@ def resumed(path: Path) -> Any:
         return ModelCheckpoint(path / "ckpt", "{step}", every_n_train_steps=3, save_last=True)
 
     with contextlib.suppress(ZeroDivisionError):
-        callbacks = [watching(path / "run", batch=fixed()), saves(), Stops()]
+        callbacks = [watching(path / "run", batch=fixed()), saves(), Stops(5)]
         fit(path, callbacks, **same)
     again = watching(path / "run", batch=fixed())
     end = fit(path, [again, saves()], **same, ckpt_path="last")
@@ -337,6 +340,20 @@ def span_beside_rows(path: Path) -> Any:
     return fit(path, [watching(path / "run", edits=edits, every_n_train_steps=4)])
 
 
+def span_resumed(path: Path) -> Any:
+    """Cut short while an edit is held, and gone on with."""
+    same = {"loaders": Parts(40, 40, repeated=4)}
+
+    def callbacks() -> list[Any]:
+        edit = EditCallback(Ablate("net.1", units=1), when=At(1), steps=2, dirpath=path / "run")
+        return [edit, ModelCheckpoint(path / "ckpt", "{step}", every_n_train_steps=2, save_last=True)]
+
+    with contextlib.suppress(ZeroDivisionError):
+        fit(path, [*callbacks(), Stops(3)], **same)
+    found = fit(path, callbacks(), **same, ckpt_path="last", max_steps=4)
+    return found | {"by hand": fit(path, [ByHand()], **same)}
+
+
 def recycled(path: Path) -> Any:
     return fit(path, [EditCallback(ReDo("net.0", tau=0.0), when=At(2), dirpath=path / "run")], Sleeps)
 
@@ -366,9 +383,10 @@ def sharded(path: Path) -> Any:
 
 
 _WATCHED = (batch, thirds, each, given, bare, monitored, resumed, timed, asked, followed, thrifty)
-_OTHERS = (trigger, strange, unlike, nowhere, uneven, validated, averaged, span, span_beside_rows, recycled, sharded)
+_OTHERS = (trigger, strange, unlike, nowhere, uneven, validated, averaged, span, span_beside_rows, recycled)
+_LAST = (span_resumed, sharded)
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
-    **{one.__name__: one for one in (*_WATCHED, *_OTHERS)},
+    **{one.__name__: one for one in (*_WATCHED, *_OTHERS, *_LAST)},
     **{how: partial(_raises, how) for how in ("raise", "warn", "skip")},
 }
 DEADLY: dict[str, Callable[[Path], Any]] = {"interrupted": interrupted, "alone": alone}

@@ -154,7 +154,9 @@ def test_a_live_edit_is_held_by_both_processes(two):
         assert same(two("span_beside_rows", rank)["weights"], found["by hand"]["weights"])
         assert not same(found["edited"]["weights"], two("bare", rank)["weights"])
         assert found["edited"]["hooks"] == 0
+        assert same(two("span_resumed", rank)["weights"], two("span_resumed", rank)["by hand"]["weights"])
     assert steps(two.folder / "span" / "run", "edit") == [1, 3]
+    assert steps(two.folder / "span_resumed" / "run", "edit") == [1, 3]
     assert steps(two.folder / "span_beside_rows" / "run", "edit") == [1, 3]
 
 
