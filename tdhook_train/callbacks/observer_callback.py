@@ -41,6 +41,10 @@ class ObserverCallback(Callback):
     The live module is measured in place, in evaluation mode and under a guard, after the optimizer step: a row of step
     k has the weights of a checkpoint of step k (``trainer.global_step``). Step 0 is measured before the first batch.
 
+    In several processes (DDP) the first one measures, on the batches of all put together, and tells the others what it
+    told the loggers; an error of one ends all. What is due by steps, batches or epochs each knows by itself; by time,
+    by a function or by rows, the first is asked at each batch.
+
     Args:
         methods: what to measure: a method, several, or a mapping of the names of rows to either.
         every_n_train_steps: optimizer steps between measurements, or
@@ -327,7 +331,12 @@ class ObserverCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self._state or {} if self.observer is None else self.observer.state_dict()
+        if self.observer is None:
+            return self._state or {}
+        if self._ranks is not None:
+            with self._ranks.alone():  # it waits for rows from the background, and the others for the checkpoint
+                return self.observer.state_dict()
+        return self.observer.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

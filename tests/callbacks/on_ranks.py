@@ -281,6 +281,12 @@ def _raises(how: str, path: Path) -> Any:
     return found | {"warned": [str(one.message) for one in caught if "broken on purpose" in str(one.message)]}
 
 
+def behind(path: Path) -> Any:
+    """Fails in the background, which rank 0 learns of while a checkpoint is made."""
+    saves = ModelCheckpoint(path / "ckpt", "{step}", every_n_train_steps=1, save_top_k=-1)
+    return fit(path, [watching(path / "run", methods={"fails": Fails()}, background=True), saves])
+
+
 def _broken_trigger(clock: Any) -> bool:
     raise ZeroDivisionError("a trigger is broken")
 
@@ -383,7 +389,7 @@ def sharded(path: Path) -> Any:
 
 
 _WATCHED = (batch, thirds, each, given, bare, monitored, resumed, timed, asked, followed, thrifty)
-_OTHERS = (trigger, strange, unlike, nowhere, uneven, validated, averaged, span, span_beside_rows, recycled)
+_OTHERS = (behind, trigger, strange, unlike, nowhere, uneven, validated, averaged, span, span_beside_rows, recycled)
 _LAST = (span_resumed, sharded)
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
     **{one.__name__: one for one in (*_WATCHED, *_OTHERS, *_LAST)},
