@@ -15,6 +15,8 @@ __all__ = ["EditCallback"]
 class EditCallback(ObserverCallback):
     """Changes the live model, on request: the one callback here that does not leave the fit as it was.
 
+    In several processes (DDP) all replicas are changed: each holds the spans of the first, and gets what it wrote.
+
     Args:
         edit: an :class:`~tdhook_train.Edit`, held for a span (``Ablate(...)``, ``SteeringVectors(...)``), or a
             :class:`~tdhook_train.Rewrite`, written once each time it is due (``ReDo()``).

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.buffer.folder import check_name
-from tdhook_train.callbacks.averages import average, in_turn
+from tdhook_train.callbacks.averages import in_turn
 from tdhook_train.callbacks.batches import FixedBatch, Inputs, as_tensordict, in_keys
-from tdhook_train.callbacks.cadence import Moment, by_default, trigger
-from tdhook_train.callbacks.pictures import show
-from tdhook_train.callbacks.ranks import Ranks
-from tdhook_train.callbacks.refusals import refuse_settings, refuse_words, remove_if_new
-from tdhook_train.callbacks.telling import NO_NAME, Telling, refuse_clashes
+from tdhook_train.callbacks.cadence import Moment, trigger
+from tdhook_train.callbacks.ranks import refuse_sharded
+from tdhook_train.callbacks.refusals import refuse_settings, refuse_words
+from tdhook_train.callbacks.telling import NO_NAME, refuse_clashes
+from tdhook_train.callbacks.watch import Asked, Watch
 from tdhook_train.method import Method
-from tdhook_train.observer import Observer, ProbeSet
+from tdhook_train.observer import Observer
 from tdhook_train.observer.measure import rows_of
 from tdhook_train.observer.ticks import OnError
 from tdhook_train.schedule import Trigger
-from tdhook_train.undo import Undo
 
 __all__ = ["ObserverCallback"]
 
@@ -118,19 +115,23 @@ class ObserverCallback(Callback):
             when=when,
             at=at,
         )
-        self.log_metrics, self.prog_bar, self.report = log_metrics, prog_bar, report
-        self._on = FixedBatch(batch, dataloader, rows, groups)
-        self._inputs = inputs
-        self._dirpath, self._limits = dirpath, dict(limits or {})
-        self._settings = {"on_error": on_error, **settings}
-        self.observer: Observer | None = None
-        self._fixed: ProbeSet | None = None
-        self._ranks: Ranks | None = None  # none outside a fit
+        self.report = report
+        self._asked = Asked(
+            self.name,
+            self.methods_for,
+            self.when,
+            weights,
+            FixedBatch(batch, dataloader, rows, groups),
+            inputs,
+            dirpath,
+            dict(limits or {}),
+            log_metrics,
+            prog_bar,
+            {"on_error": on_error, **settings},
+        )
+        self._watch: Watch | None = None  # none outside a fit
         self._restored: dict[str, Any] | None = None
         self._state: dict[str, Any] | None = None  # of the last fit
-        self._goes_on = False
-        self._last: Any = None  # batch of the training
-        self._batches = 0  # trained on
         self._begun = False
 
     @property
@@ -141,9 +142,23 @@ class ObserverCallback(Callback):
     @property
     def rows(self) -> list[str]:
         """What its rows are called."""
-        return [*self.methods, *self._settings.get("edits", ())]
+        return [*self.methods, *self._asked.settings.get("edits", ())]
+
+    @property
+    def observer(self) -> Observer | None:
+        """The observer of the fit, once there is something to observe; in the first process alone."""
+        return None if self._watch is None else self._watch.observer
+
+    def methods_for(self, batch: TensorDictBase) -> Mapping[str, Method | Sequence[Method]]:  # noqa: ARG002
+        """Say what to measure, once it is known on what."""
+        return self.methods
 
     # ------------------------------------------------------------------ the fit
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == TrainerFn.FITTING:
+            refuse_sharded(trainer.strategy)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,29 +168,16 @@ class ObserverCallback(Callback):
         ours = [callback for callback in trainer.callbacks if isinstance(callback, ObserverCallback)]  # type: ignore[attr-defined]
         refuse_clashes((callback.name, callback.rows) for callback in ours)
         trainer.callbacks = in_turn(trainer.callbacks, self, after=self.weights == "average")  # type: ignore[attr-defined]
-        self._ranks = Ranks(trainer, self.when or by_default(trainer))
-        self._fixed = self._on.settled(trainer)
-
-    def _folder(self, trainer: Trainer) -> Path:
-        if self._dirpath is not None:
-            return Path(self._dirpath)
-        return Path(trainer.log_dir or trainer.default_root_dir) / "tdhook" / self.name
-
-    def _into(self, trainer: Trainer) -> ArtifactBuffer | Path:
-        folder, settings = self._folder(trainer), self._settings_now()
-        opened = {name: settings[name] for name in ("resume", "overwrite") if name in settings}
-        return ArtifactBuffer(folder, **opened, **self._limits) if self._limits else folder
-
-    def _settings_now(self) -> dict[str, Any]:
-        return self._settings | ({"resume": True, "overwrite": False} if self._goes_on else {})
+        self._watch = Watch(trainer, self._asked)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._watch is None:
+            return
         if self._restored is None and self._state and self._state["clock"]["step"] == trainer.global_step:
             self._restored = self._state  # the same trainer fits once more
-        self._state = None
-        self._goes_on = self._restored is not None
-        self._batches = int(self._restored["clock"]["batches"]) if self._restored else 0
+        self._watch.go_on(self._restored)
+        self._restored = self._state = None
 
     @override
     def on_validation_batch_end(
@@ -187,160 +189,82 @@ class ObserverCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self.at == "validation":
-            self._last = batch
+        if self._watch is not None and self.at == "validation":
+            self._watch.last = batch
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.at == "validation":
-            self._step(trainer, pl_module, self._last)
+        if self._watch is not None and self.at == "validation":
+            self._step(trainer, pl_module, self._watch.last)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._begun:
-            self._begun = True
-            if trainer.global_step == 0 and self.at != "validation":
-                self._step(trainer, pl_module, batch)
+        if self._watch is None or self._begun:
+            return
+        self._begun = True
+        if self._watch.held:  # the batch that comes is to be trained with them
+            self._watch.hold(pl_module, batch)
+        elif trainer.global_step == 0 and self.at != "validation":
+            self._step(trainer, pl_module, batch)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batches += 1
+        if self._watch is None:
+            return
+        self._watch.batches += 1
         if self.at != "validation":
             self._step(trainer, pl_module, batch)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.at != "validation":
-            self._step(trainer, pl_module, self._last, epoch=trainer.current_epoch + 1)
+        if self._watch is not None and self.at != "validation":
+            self._step(trainer, pl_module, self._watch.last, epoch=trainer.current_epoch + 1)
+
+    def _step(self, trainer: Trainer, pl_module: LightningModule, batch: Any, epoch: int | None = None) -> None:
+        if self._watch is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        self._watch.step(pl_module, batch, trainer.current_epoch if epoch is None else epoch)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._ranks is None:
-            return
-        self._warn_of_nothing(trainer)
-        _ = trainer.callback_metrics  # as in _step
-        with self._ranks.together():
-            if self.observer is not None:
-                with trainer.precision_plugin.forward_context():
-                    self.observer.finish(step=trainer.global_step)
-                if self.report:
-                    self._show(trainer, self.observer)
-        self._close()
+        if self._watch is not None:
+            self._warn_of_nothing(trainer, self._watch)
+            self._watch.finish(report=self.report)
+            self._close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.observer is not None:
-            self.observer.__exit__(type(exception), exception, exception.__traceback__)
-        self._last = self._ranks = self.observer = None
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close(exception)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
 
-    def _warn_of_nothing(self, trainer: Trainer) -> None:
-        if trainer.global_step == 0 and self._batches:
+    def _close(self) -> None:
+        if self._watch is not None:
+            self._state = self._watch.state_dict()
+            self._watch.close()
+            self._watch = None
+
+    def _warn_of_nothing(self, trainer: Trainer, watch: Watch) -> None:
+        if trainer.global_step == 0 and watch.batches:
             rank_zero_warn(
                 f"{self.name!r}: the trainer counted no optimizer step, so that every row says step 0; it counts those "
                 "of self.optimizers(), but not of optimizers that are stepped without it"
             )
-        elif self.observer is None and self.at == "validation" and trainer.is_global_zero:
+        elif watch.observer is None and self.at == "validation" and watch.ranks.first:
             rank_zero_warn(f"{self.name!r} measured nothing: at='validation', but the fit had none")
-
-    def _close(self) -> None:
-        if self.observer is not None:
-            self._state = self.observer.state_dict()
-            self.observer.close()
-        self._last = self._ranks = self.observer = None
-
-    # ------------------------------------------------------------------ a moment
-
-    def _step(self, trainer: Trainer, pl_module: LightningModule, batch: Any, epoch: int | None = None) -> None:
-        ranks = self._ranks
-        if ranks is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
-            return
-        self._last = batch
-        epoch = trainer.current_epoch if epoch is None else epoch
-        if not ranks.due(trainer.global_step, epoch, self._batches):
-            self._observe(trainer, pl_module, lambda: as_tensordict(batch), epoch)
-            return
-        _ = trainer.callback_metrics  # what is logged is reduced by all ranks, and here alone by none
-        with ranks.together():
-            whole = None if self._fixed else ranks.whole(as_tensordict(batch))
-            self._observe(trainer, pl_module, lambda: cast(TensorDictBase, whole), epoch)
-
-    def _observe(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Callable[[], TensorDictBase], epoch: int
-    ) -> None:
-        if not trainer.is_global_zero:
-            return
-        model = pl_module if self.weights == "live" else average(trainer)
-        if self.observer is not None:
-            self._measure(self.observer, trainer, model, batch, epoch)
-            return
-        with Undo() as undo:  # a measurement that fails at once leaves nothing behind
-            remove_if_new(self._folder(trainer), undo)
-            self.observer = self._opened(trainer, model, batch() if self._fixed is None else self._fixed.td)
-            undo.callback(self._drop)
-            self._measure(self.observer, trainer, model, batch, epoch)
-            undo.pop_all()
-
-    def _measure(
-        self,
-        observer: Observer,
-        trainer: Trainer,
-        model: nn.Module,
-        batch: Callable[[], TensorDictBase],
-        epoch: int,
-    ) -> None:
-        with trainer.precision_plugin.forward_context():
-            observer.step(model, batch, step=trainer.global_step, epoch=epoch, batches=self._batches)
-
-    def _drop(self) -> None:
-        observer, self.observer = self.observer, None
-        if observer is not None:
-            observer.close()
-
-    def methods_for(self, batch: TensorDictBase) -> Mapping[str, Method | Sequence[Method]]:  # noqa: ARG002
-        """Say what to measure, once it is known on what."""
-        return self.methods
-
-    def _opened(self, trainer: Trainer, model: nn.Module, batch: TensorDictBase) -> Observer:
-        telling = Telling(trainer, self.name, log_metrics=self.log_metrics, prog_bar=self.prog_bar)
-        observer = Observer(
-            self.methods_for(batch),
-            when=cast(Ranks, self._ranks).when,
-            into=self._into(trainer),
-            on=self._fixed or "batch",
-            loggers=telling,
-            **self._settings_now(),
-        )
-        with Undo() as undo:
-            undo.callback(observer.close)
-            observer.undo.callback(telling.close)
-            observer.optimizers[:] = trainer.optimizers
-            observer.attach(model, in_keys=in_keys(batch, self._inputs))
-            if self._restored is not None:
-                observer.load_state_dict(self._restored)
-                self._restored = None
-            undo.pop_all()
-        return observer
-
-    def _show(self, trainer: Trainer, observer: Observer) -> None:
-        from tdhook_train.plots import write_report  # brings plotly and matplotlib along
-
-        page = write_report(observer.buffer, observer.buffer.path, title=self.name)
-        for logger in trainer.loggers:
-            show(logger, self.name, page.with_suffix(".png"), trainer.global_step)
 
     # ------------------------------------------------------------------ checkpoints
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self.observer is None:  # a fit that goes on may be saved before there is something to do
-            return self._restored or self._state or {}
-        return self.observer.state_dict()
+        running = None if self._watch is None else self._watch.state_dict()
+        return running or self._restored or self._state or {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -11,7 +11,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
-__all__ = ["NO_NAME", "Telling", "keyed", "refuse_clashes"]
+__all__ = ["NO_NAME", "Telling", "Told", "keyed", "refuse_clashes"]
+
+Told = tuple[Mapping[str, float], int]  # scalars, and the step they were measured at
 
 NO_NAME = "observer"  # the name of a callback that was given none
 
@@ -34,9 +36,11 @@ class Telling:
         self._monitored = log_metrics
         self._bar = _Bar(trainer, name) if prog_bar and bar is not None and getattr(bar, "is_enabled", True) else None
         self._loggers = [_Logger(logger) for logger in trainer.loggers] if log_metrics else []
+        self._told: list[Told] = []
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Tell of scalars that were measured at a step."""
+        self._told.append((dict(metrics), step))
         told = {keyed(self._name, key): value for key, value in metrics.items()}
         if self._monitored:
             self._trainer.callback_metrics.update({key: torch.tensor(value) for key, value in told.items()})
@@ -44,6 +48,11 @@ class Telling:
             self._bar.show(told, step)
         for logger in self._loggers:
             logger.log_metrics(told, step)
+
+    def taken(self) -> list[Told]:
+        """Return what was told since this was last asked."""
+        told, self._told = self._told, []
+        return told
 
     def close(self) -> None:
         """Leave the progress bar's metrics as they were."""
