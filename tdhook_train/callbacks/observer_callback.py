@@ -219,7 +219,8 @@ class ObserverCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._watch is not None and self.at != "validation":
+        # the step is that of the last batch: what goes by the time or by a function would be due at it once more
+        if self._watch is not None and self._watch.by_epoch and self.at != "validation":
             self._step(trainer, pl_module, self._watch.last, epoch=trainer.current_epoch + 1)
 
     def _step(self, trainer: Trainer, pl_module: LightningModule, batch: Any, epoch: int | None = None) -> None:

@@ -63,7 +63,10 @@ class Watch:
         folder = trainer.log_dir if asked.dirpath is None else None
         self._folder = Path(asked.dirpath or Path(folder or trainer.default_root_dir) / "tdhook" / asked.name)
         edits = asked.settings.get("edits") or {}
-        self.ranks = Ranks(trainer, when, [edit.when for edit in edits.values()])
+        others = [edit.when for edit in edits.values()]
+        self.ranks = Ranks(trainer, when, others)
+        triggers = [*(when.values() if isinstance(when, Mapping) else [when]), *others]
+        self.by_epoch = any("epochs" in trigger.scales for trigger in triggers)
         self._replicas = Replicas(edits, first=self.ranks.first) if self.ranks.several and edits else None
         self._fixed = self.ranks.of_each(lambda: asked.on.settled(trainer))
         self._telling = Telling(trainer, asked.name, log_metrics=asked.log_metrics, prog_bar=asked.prog_bar)
