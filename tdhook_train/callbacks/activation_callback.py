@@ -17,7 +17,13 @@ class ActivationCallback(ObserverCallback):
     Args:
         layers: paths, patterns, module classes or predicates.
         keep: inputs whose activations are kept at each measurement, spread evenly over the batch; all if None.
-        options: of :class:`ObserverCallback`; an :class:`~tdhook_train.ArtifactBuffer` of your own bounds what is kept.
+        options: of :class:`ObserverCallback`; ``limits`` bounds what is kept on the disk.
+
+    Loggers are told nothing: a row is ``("activation", layer)`` [batch, *unit], for as many inputs as are kept.
+
+    Example:
+        >>> ActivationCallback("encoder.*", keep=32, batch=batch, limits={"max_bytes": 2**30, "keep": "log-spaced"})
+        ... # doctest: +SKIP
     """
 
     def __init__(

@@ -17,6 +17,13 @@ class AttributionCallback(ObserverCallback):
     Args:
         method: any of :mod:`tdhook_train.attribution`; integrated gradients of 64 rows by default.
         options: of :class:`ObserverCallback`.
+
+    Loggers are told what is not one value a row of the batch: nothing of integrated gradients, whose maps lie in the
+    row and are drawn by ``report=True``.
+
+    Example:
+        >>> AttributionCallback(Saliency(targets="output", rows=16), every_n_epochs=1, batch=(images, labels))
+        ... # doctest: +SKIP
     """
 
     def __init__(self, method: Method | None = None, *, name: str = "attribution", **options: Any) -> None:

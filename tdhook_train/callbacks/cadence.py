@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
+from tdhook_train.errors import SettingsError
 from tdhook_train.schedule import At, Clock, Every, Trigger, When
 
 __all__ = ["Moment", "by_default", "trigger"]
@@ -29,8 +31,13 @@ def trigger(
     """Bring a cadence to one form; None where nothing was said.
 
     Raises:
+        SettingsError: something else than a trigger or a time.
         MisconfigurationException: more than one, or one for moments each of which is measured.
     """
+    if when is not None and not isinstance(when, Trigger | Mapping):
+        raise SettingsError(f"when={when!r} is no trigger; e.g. when=Every(optim_steps=100) | At(0)")
+    if train_time_interval is not None and not isinstance(train_time_interval, timedelta):
+        raise SettingsError(f"train_time_interval={train_time_interval!r} is no timedelta; e.g. timedelta(minutes=5)")
     cadences = {
         "every_n_train_steps": None if every_n_train_steps is None else Every(optim_steps=every_n_train_steps),
         "every_n_epochs": None if every_n_epochs is None else Every(epochs=every_n_epochs),

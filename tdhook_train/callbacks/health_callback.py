@@ -19,6 +19,13 @@ class HealthCallback(ObserverCallback):
         taus: thresholds of dormancy.
         options: of :class:`ObserverCallback`.
 
+    Loggers are told means over layers: ``health/dormant/<tau>`` and ``health/dead`` (shares of units),
+    ``health/dormancy``, ``health/dead_unit``, ``health/effective_rank`` and ``health/effective_rank_centred``
+    (directions).
+
+    Example:
+        >>> HealthCallback("encoder.*", every_n_epochs=1, batch=(images, labels))  # doctest: +SKIP
+
     Source: :class:`~tdhook_train.health.DormantUnits`, :class:`~tdhook_train.health.DeadUnits`,
     :class:`~tdhook_train.health.EffectiveRank`.
     """

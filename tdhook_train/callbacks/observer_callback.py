@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from tdhook_train.callbacks.averages import average, in_turn
+from tdhook_train.buffer.folder import check_name
+from tdhook_train.callbacks.averages import in_turn
 from tdhook_train.callbacks.batches import FixedBatch, Inputs, as_tensordict, in_keys
-from tdhook_train.callbacks.cadence import Moment, by_default, trigger
-from tdhook_train.callbacks.pictures import show
-from tdhook_train.callbacks.ranks import Ranks
-from tdhook_train.errors import did_you_mean
+from tdhook_train.callbacks.cadence import Moment, trigger
+from tdhook_train.callbacks.ranks import refuse_sharded
+from tdhook_train.callbacks.refusals import refuse_settings, refuse_words
+from tdhook_train.callbacks.telling import NO_NAME, refuse_clashes
+from tdhook_train.callbacks.watch import Asked, Watch
 from tdhook_train.method import Method
-from tdhook_train.observer import Observer, ProbeSet
+from tdhook_train.observer import Observer
+from tdhook_train.observer.measure import rows_of
 from tdhook_train.observer.ticks import OnError
 from tdhook_train.schedule import Trigger
-from tdhook_train.undo import Undo
 
 __all__ = ["ObserverCallback"]
 
@@ -59,7 +58,12 @@ class ObserverCallback(Callback):
             nested is written with dots, ``a.input``.
         groups: of a probe set, which rows belong together: a key of it or a tensor. Without, rows are independent.
         dirpath: folder of the run; by default ``tdhook/<name>`` in the trainer's ``log_dir``.
-        log_metrics: tell the trainer's loggers the mean of each key, and put it into ``trainer.callback_metrics``.
+        limits: of what the run keeps: ``capacity``, ``max_bytes`` and ``keep`` of
+            :class:`~tdhook_train.ArtifactBuffer`; everything is kept by default.
+        log_metrics: tell the trainer's loggers the mean of each key, and put it into ``trainer.callback_metrics``,
+            where ``ModelCheckpoint(monitor=...)`` finds it. ``rank/effective_rank`` is that key of the row ``rank``;
+            with a ``name`` of the callback's own, ``name/rank/effective_rank``. MLflow gets ``_`` for what it refuses.
+        prog_bar: show the first of these in the progress bar: ``name: r2/target 0.93 (step 40)``.
         report: write the report of the run, a page and a picture, at the end of the fit, and give the picture to the
             loggers that take one; needs the ``plots`` extra.
         on_error: an error of a method stops the fit, warns, or is only recorded.
@@ -86,17 +90,24 @@ class ObserverCallback(Callback):
         inputs: Inputs = None,
         groups: str | Tensor | None = None,
         dirpath: str | os.PathLike[str] | None = None,
+        limits: Mapping[str, Any] | None = None,
         log_metrics: bool = True,
+        prog_bar: bool = True,
         report: bool = False,
         on_error: OnError = "raise",
-        name: str = "observer",
+        name: str = NO_NAME,
         **settings: Any,
     ) -> None:
         super().__init__()
-        _refuse_unknown(at=at, weights=weights)
+        refuse_words(at=at, weights=weights, on_error=on_error)
+        refuse_settings(type(self), settings, limits or {})
+        check_name(name)
         self.name = name if weights == "live" else f"{name}-average"
         self.at, self.weights = at, weights
         self.methods = dict(methods) if isinstance(methods, Mapping) else {name: methods}
+        rows_of(self.methods, none=bool(settings.get("edits")))
+        if batch is not None:
+            in_keys(as_tensordict(batch), inputs)
         self.when = trigger(
             every_n_train_steps=every_n_train_steps,
             every_n_epochs=every_n_epochs,
@@ -104,19 +115,23 @@ class ObserverCallback(Callback):
             when=when,
             at=at,
         )
-        self.log_metrics, self.report = log_metrics, report
-        self._on = FixedBatch(batch, dataloader, rows, groups)
-        self._inputs = inputs
-        self._dirpath = dirpath
-        self._settings = {"on_error": on_error, **settings}
-        self.observer: Observer | None = None
-        self._fixed: ProbeSet | None = None
-        self._ranks: Ranks | None = None  # none outside a fit
+        self.report = report
+        self._asked = Asked(
+            self.name,
+            self.methods_for,
+            self.when,
+            weights,
+            FixedBatch(batch, dataloader, rows, groups),
+            inputs,
+            dirpath,
+            dict(limits or {}),
+            log_metrics,
+            prog_bar,
+            {"on_error": on_error, **settings},
+        )
+        self._watch: Watch | None = None  # none outside a fit
         self._restored: dict[str, Any] | None = None
         self._state: dict[str, Any] | None = None  # of the last fit
-        self._goes_on = False
-        self._last: Any = None  # batch of the training
-        self._batches = 0  # trained on
         self._begun = False
 
     @property
@@ -124,29 +139,45 @@ class ObserverCallback(Callback):
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
+    @property
+    def rows(self) -> list[str]:
+        """What its rows are called."""
+        return [*self.methods, *self._asked.settings.get("edits", ())]
+
+    @property
+    def observer(self) -> Observer | None:
+        """The observer of the fit, once there is something to observe; in the first process alone."""
+        return None if self._watch is None else self._watch.observer
+
+    def methods_for(self, batch: TensorDictBase) -> Mapping[str, Method | Sequence[Method]]:  # noqa: ARG002
+        """Say what to measure, once it is known on what."""
+        return self.methods
+
     # ------------------------------------------------------------------ the fit
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == TrainerFn.FITTING:
+            refuse_sharded(trainer.strategy)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begun = False
         if getattr(trainer, "fast_dev_run", 0):
             return
+        ours = [callback for callback in trainer.callbacks if isinstance(callback, ObserverCallback)]  # type: ignore[attr-defined]
+        refuse_clashes((callback.name, callback.rows) for callback in ours)
         trainer.callbacks = in_turn(trainer.callbacks, self, after=self.weights == "average")  # type: ignore[attr-defined]
-        self._ranks = Ranks(trainer, self.when or by_default(trainer))
-        self._fixed = self._on.settled(trainer)
-
-    def _folder(self, trainer: Trainer) -> Path:
-        if self._dirpath is not None:
-            return Path(self._dirpath)
-        return Path(trainer.log_dir or trainer.default_root_dir) / "tdhook" / self.name
+        self._watch = Watch(trainer, self._asked)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._watch is None:
+            return
         if self._restored is None and self._state and self._state["clock"]["step"] == trainer.global_step:
             self._restored = self._state  # the same trainer fits once more
-        self._state = None
-        self._goes_on = self._restored is not None
-        self._batches = int(self._restored["clock"]["batches"]) if self._restored else 0
+        self._watch.go_on(self._restored)
+        self._restored = self._state = None
 
     @override
     def on_validation_batch_end(
@@ -158,150 +189,84 @@ class ObserverCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self.at == "validation":
-            self._last = batch
+        if self._watch is not None and self.at == "validation":
+            self._watch.last = batch
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.at == "validation":
-            self._step(trainer, pl_module, self._last)
+        if self._watch is not None and self.at == "validation":
+            self._step(trainer, pl_module, self._watch.last)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._begun:
-            self._begun = True
-            if trainer.global_step == 0 and self.at != "validation":
-                self._step(trainer, pl_module, batch)
+        if self._watch is None or self._begun:
+            return
+        self._begun = True
+        if self._watch.held:  # the batch that comes is to be trained with them
+            self._watch.hold(pl_module, batch)
+        elif trainer.global_step == 0 and self.at != "validation":
+            self._step(trainer, pl_module, batch)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batches += 1
+        if self._watch is None:
+            return
+        self._watch.batches += 1
         if self.at != "validation":
             self._step(trainer, pl_module, batch)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.at != "validation":
-            self._step(trainer, pl_module, self._last, epoch=trainer.current_epoch + 1)
+        # the step is that of the last batch: what goes by the time or by a function would be due at it once more
+        if self._watch is not None and self._watch.by_epoch and self.at != "validation":
+            self._step(trainer, pl_module, self._watch.last, epoch=trainer.current_epoch + 1)
+
+    def _step(self, trainer: Trainer, pl_module: LightningModule, batch: Any, epoch: int | None = None) -> None:
+        if self._watch is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        self._watch.step(pl_module, batch, trainer.current_epoch if epoch is None else epoch)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._ranks is None:
-            return
-        self._warn_of_nothing(trainer)
-        with self._ranks.together():
-            if self.observer is not None:
-                with trainer.precision_plugin.forward_context():
-                    self.observer.finish(step=trainer.global_step)
-                self._tell(trainer)
-                if self.report:
-                    self._show(trainer, self.observer)
-        self._close()
+        if self._watch is not None:
+            self._warn_of_nothing(trainer, self._watch)
+            self._watch.finish(report=self.report)
+            self._close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.observer is not None:
-            self.observer.__exit__(type(exception), exception, exception.__traceback__)
-        self._last = self._ranks = self.observer = None
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close(exception)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
 
-    def _warn_of_nothing(self, trainer: Trainer) -> None:
-        if trainer.global_step == 0 and self._batches:
+    def _close(self) -> None:
+        if self._watch is not None:
+            self._state = self._watch.state_dict()
+            self._watch.close()
+            self._watch = None
+
+    def _warn_of_nothing(self, trainer: Trainer, watch: Watch) -> None:
+        if trainer.global_step == 0 and watch.batches:
             rank_zero_warn(
                 f"{self.name!r}: the trainer counted no optimizer step, so that every row says step 0; it counts those "
                 "of self.optimizers(), but not of optimizers that are stepped without it"
             )
-        elif self.observer is None and self.at == "validation" and trainer.is_global_zero:
+        elif watch.observer is None and self.at == "validation" and watch.ranks.first:
             rank_zero_warn(f"{self.name!r} measured nothing: at='validation', but the fit had none")
-
-    def _close(self) -> None:
-        if self.observer is not None:
-            self._state = self.observer.state_dict()
-            self.observer.close()
-        self._last = self._ranks = self.observer = None
-
-    # ------------------------------------------------------------------ a moment
-
-    def _step(self, trainer: Trainer, pl_module: LightningModule, batch: Any, epoch: int | None = None) -> None:
-        ranks = self._ranks
-        if ranks is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
-            return
-        self._last = batch
-        epoch = trainer.current_epoch if epoch is None else epoch
-        if not ranks.due(trainer.global_step, epoch, self._batches):
-            self._observe(trainer, pl_module, lambda: as_tensordict(batch), epoch)
-            return
-        with ranks.together():
-            whole = None if self._fixed else ranks.whole(as_tensordict(batch))
-            self._observe(trainer, pl_module, lambda: cast(TensorDictBase, whole), epoch)
-
-    def _observe(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Callable[[], TensorDictBase], epoch: int
-    ) -> None:
-        if not trainer.is_global_zero:
-            return
-        model = pl_module if self.weights == "live" else average(trainer)
-        if self.observer is None:
-            self.observer = self._opened(trainer, model, batch() if self._fixed is None else self._fixed.td)
-        with trainer.precision_plugin.forward_context():
-            if self.observer.step(model, batch, step=trainer.global_step, epoch=epoch, batches=self._batches):
-                self._tell(trainer)
-
-    def methods_for(self, batch: TensorDictBase) -> Mapping[str, Method | Sequence[Method]]:  # noqa: ARG002
-        """Say what to measure, once it is known on what."""
-        return self.methods
-
-    def _opened(self, trainer: Trainer, model: nn.Module, batch: TensorDictBase) -> Observer:
-        observer = Observer(
-            self.methods_for(batch),
-            when=cast(Ranks, self._ranks).when,
-            into=self._folder(trainer),
-            on=self._fixed or "batch",
-            loggers=list(trainer.loggers) if self.log_metrics else (),
-            **self._settings | ({"resume": True, "overwrite": False} if self._goes_on else {}),
-        )
-        with Undo() as undo:
-            undo.callback(observer.close)
-            observer.optimizers[:] = trainer.optimizers
-            observer.attach(model, in_keys=in_keys(batch, self._inputs))
-            if self._restored is not None:
-                observer.load_state_dict(self._restored)
-                self._restored = None
-            undo.pop_all()
-        return observer
-
-    def _tell(self, trainer: Trainer) -> None:
-        if self.log_metrics and self.observer is not None:
-            found = {key: torch.tensor(value) for key, value in self.observer.scalars.items()}
-            trainer.callback_metrics.update(found)
-
-    def _show(self, trainer: Trainer, observer: Observer) -> None:
-        from tdhook_train.plots import write_report  # brings plotly and matplotlib along
-
-        page = write_report(observer.buffer, observer.buffer.path, title=self.name)
-        for logger in trainer.loggers:
-            show(logger, self.name, page.with_suffix(".png"), trainer.global_step)
 
     # ------------------------------------------------------------------ checkpoints
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self.observer is None:  # a fit that goes on may be saved before there is something to do
-            return self._restored or self._state or {}
-        return self.observer.state_dict()
+        running = None if self._watch is None else self._watch.state_dict()
+        return running or self._restored or self._state or {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
-
-
-def _refuse_unknown(**given: str) -> None:
-    known = {"at": ("training", "validation", "end"), "weights": ("live", "average")}
-    for setting, value in given.items():
-        if value not in known[setting]:
-            raise MisconfigurationException(f"{setting}={value!r}{did_you_mean(str(value), known[setting])}")

@@ -20,6 +20,13 @@ class PatchingCallback(ObserverCallback):
             :class:`~tdhook_train.latent.ActivationPatching`.
         pairs: number of paired rows.
         options: of :class:`ObserverCallback`.
+
+    Loggers are told, for each metric, ``patching/effect/<metric>`` (layers), ``patching/unit_effect/<metric>``,
+    ``patching/gap/<metric>`` (between paired rows), and the parts of that gap, ``patching/normalised/<metric>`` and
+    ``patching/unit_normalised/<metric>``. A metric without a name is called by its output.
+
+    Example:
+        >>> PatchingCallback(["encoder.0", "encoder.2"], ("output", 3), 32, every_n_epochs=1)  # doctest: +SKIP
     """
 
     def __init__(

@@ -17,8 +17,16 @@ class SimilarityCallback(ObserverCallback):
     Args:
         layers: paths, patterns, module classes or predicates.
         to: ``"initial"``, ``"previous"`` (the measurement before), ``"layers"`` (each to each), or several of these.
-        reference: weights of a checkpoint to compare with: see :class:`~tdhook_train.latent.Cka`.
+        reference: weights to compare with as well: the path of a checkpoint of Lightning or of a state dict, or a state
+            dict.
         options: of :class:`ObserverCallback`; give it a ``batch`` or a ``dataloader``.
+
+    Loggers are told means over layers, ``similarity/cka_initial``, ``similarity/cka_previous``,
+    ``similarity/cka_reference`` and, of up to 16 layers, ``similarity/cka_layers/<layer>``: 1 is the same up to
+    rotation, shift and scale.
+
+    Example:
+        >>> SimilarityCallback("encoder.*", reference="pretrained.ckpt", dataloader=val_loader)  # doctest: +SKIP
     """
 
     def __init__(

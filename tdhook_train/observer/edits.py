@@ -117,12 +117,14 @@ class Edits:
         write(subject.model, new, optimizers)
         row = Row(name, measured, time.perf_counter() - began)
         self._recorder.commit(row, Measurement("", now, [row], weights, source[1].fingerprint), [method])
+        self._recorder.log()
         self._mark(now, f"{name}: {_count(new)} weights written")
 
     def _note(self, name: str, now: Times, *, active: bool) -> None:
         measured = Measured({"active": torch.tensor(float(active))}, {"active": ()})
         row = Row(name, measured, 0.0)
         self._recorder.commit(row, Measurement("", now, [row], 0, 0), [self._edits[name].edit])
+        self._recorder.log()
         self._mark(now, f"{name} {'begins' if active else 'ends'}")
 
     def _mark(self, now: Times, label: str) -> None:

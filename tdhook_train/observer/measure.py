@@ -82,7 +82,10 @@ def rows_of(methods: Mapping[str, Method | Sequence[Method]], *, none: bool = Fa
         grouped[name] = tuple(given) if isinstance(given, list | tuple) else (cast(Method, given),)
         for method in grouped[name]:
             if not isinstance(method, Method):
-                raise SettingsError(f"methods[{name!r}] holds {method!r}, which is no Method")
+                made = (
+                    f"; make one: {method.__name__}(...)" if _is_kind(method) else ", e.g. RidgeProbe(target='action')"
+                )
+                raise SettingsError(f"methods[{name!r}] holds {method!r}, which is no Method{made}")
             if isinstance(method, Edit):
                 raise SettingsError(
                     f"methods[{name!r}] edits a model and measures nothing; use it by hand: "
@@ -91,6 +94,10 @@ def rows_of(methods: Mapping[str, Method | Sequence[Method]], *, none: bool = Fa
         if not grouped[name]:
             raise SettingsError(f"methods[{name!r}] is empty")
     return grouped
+
+
+def _is_kind(given: Any) -> bool:
+    return isinstance(given, type) and issubclass(given, Method)
 
 
 def measure(

@@ -221,10 +221,11 @@ class Observer:
         """Count one optimizer step."""
         self.steps_taken = (self.steps_taken or 0) + 1
 
-    def finish(self, *, step: int | None = None) -> bool:
+    def finish(self, batch: Given = None, *, step: int | None = None) -> bool:
         """Measure the last weights, unless they have been measured.
 
         Args:
+            batch: what ``on="batch"`` is measured on; the one of the last :meth:`step`, if None.
             step: optimizer steps behind them; known without it where a front door counts steps.
         """
         if self._closed:
@@ -239,6 +240,8 @@ class Observer:
         counted = self.clock.step if self.steps_taken is None else self.steps_taken
         self.clock.step = counted if step is None else step
         self.clock.seconds = self.meter.elapsed_s
+        if batch is not None and self._ticks.sources.wants("batch"):
+            self._ticks.live["batch"] = batch
         return self._rounds.finish(self.subject.model)
 
     def alert(self, when: Trigger, *, mark: str | None = None, call: Callable[[Observer], None] | None = None) -> None:
@@ -269,6 +272,11 @@ class Observer:
     def meter(self) -> Meter:
         """What observing costs."""
         return self._ticks.meter
+
+    @property
+    def spans(self) -> dict[str, int | None]:
+        """The live edits that are held, and the step at which each ends."""
+        return self._rounds.spans
 
     @property
     def scalars(self) -> dict[str, float]:

@@ -31,7 +31,8 @@ class Recorder:
 
     def __init__(self, buffer: ArtifactBuffer, methods: Mapping[str, Sequence[Method]], loggers: Any) -> None:
         self.buffer = buffer
-        self.scalars: dict[str, float] = {}  # of the last tick
+        self.scalars: dict[str, float] = {}  # of the last row of each name
+        self._untold: dict[int, dict[str, float]] = {}  # by step
         self._methods = methods
         self._loggers = list(loggers) if isinstance(loggers, (list, tuple)) else [loggers]
         for logger in self._loggers:
@@ -62,7 +63,9 @@ class Recorder:
             data=found.data,
             cost=row.cost_s,
         )
-        self.scalars |= scalars(name, row.measured, networks=found.networks, shown=_shown(measured_by))
+        means = scalars(name, row.measured, networks=found.networks, shown=_shown(measured_by))
+        self.scalars |= means
+        self._untold.setdefault(found.now.step, {}).update(means)
         return name
 
     def _declare(self, name: str, row: Row, methods: Sequence[Method]) -> None:
@@ -91,10 +94,12 @@ class Recorder:
                 newest, data = int(meta["step"]), rows[row][1]
         return OfData(data, {row: last for row, (last, of) in rows.items() if of == data})
 
-    def log(self, step: int) -> None:
-        """Tell the loggers the scalars of the last tick."""
-        for logger in self._loggers if self.scalars else ():
-            logger.log_metrics(dict(self.scalars), step)
+    def log(self) -> None:
+        """Tell the loggers the scalars of the rows since the last time, each of the step that it is of."""
+        untold, self._untold = self._untold, {}
+        for step, means in untold.items():
+            for logger in self._loggers if means else ():
+                logger.log_metrics(dict(means), step)
 
     def refuse_going_back(self, step: int) -> None:
         """Refuse rows of a training that starts again beside those of the one before.

@@ -129,6 +129,11 @@ class Rounds:
             each.callback(self.ticks.close)
             each.callback(self._edits.end, self.clock.now, every=True)
 
+    @property
+    def spans(self) -> dict[str, int | None]:
+        """The edits that are held, and the step at which each ends."""
+        return self._edits.state_dict()
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
         fresh = {row: len(values) for row, values in self.clock.fresh.items()}

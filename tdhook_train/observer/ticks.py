@@ -97,7 +97,7 @@ class Ticks:
             found = self.station.measure(subject, now, rows, (name, source), lambda *why: self._failed(now, *why))
             committed |= self._commit(found)
         if committed:
-            self.recorder.log(now.step)
+            self.recorder.log()
         return committed
 
     def _beside(self, worker: Background, subject: Subject, due: Due, *, wait: bool) -> bool:
@@ -135,7 +135,7 @@ class Ticks:
         self.meter.beside_s += outcome.seconds
         committed = [self._commit(found) for found in outcome.measurements]
         if any(committed):
-            self.recorder.log(outcome.now.step)
+            self.recorder.log()
         _each(
             partial(self._failed, outcome.now, failure.row, failure.error or WorkerError(failure.message))
             for failure in outcome.failures

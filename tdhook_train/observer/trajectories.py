@@ -8,7 +8,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from tdhook_train.errors import GroupsError, KeyMissingError, SettingsError
+from tdhook_train.errors import GroupsError, KeyMissingError, SettingsError, did_you_mean
 from tdhook_train.keys import path_of
 
 __all__ = ["Groups", "copied", "groups_of", "in_rows", "whole"]
@@ -53,7 +53,9 @@ def groups_of(td: TensorDictBase, wanted: Groups, time: int | None = None) -> Te
         if key in td.keys(include_nested=True):
             return td.get(key).reshape(len(td), -1)[:, 0].cpu().to(torch.int64)
     if wanted != "auto":
-        raise KeyMissingError(f"groups={wanted!r} is no key of the probe set")
+        raise KeyMissingError(
+            f"groups={wanted!r} is no key of the probe set{did_you_mean(str(wanted), map(str, td.keys()))}"
+        )
     done = _done(td)
     if done is None:
         return None

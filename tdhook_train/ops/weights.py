@@ -22,7 +22,7 @@ class Weights:
 
     Args:
         given: a path, or a mapping of names to tensors or to further mappings. Tensors are copied: those of a state
-            dict are the live ones.
+            dict are the live ones. Of a checkpoint of Lightning, what it holds as ``state_dict`` is taken.
 
     Raises:
         SettingsError: something else, or it holds no tensor.
@@ -35,7 +35,7 @@ class Weights:
         if self.path:
             return
         if isinstance(given, Mapping | TensorDictBase):
-            self._held = {name: value.detach().clone() for name, value in _flat(given)}
+            self._held = {name: value.detach().clone() for name, value in _flat(_inside(given))}
         if not self._held:
             raise SettingsError(
                 f"reference= needs the path of a state dict, or a mapping of names to tensors; got {given!r}"
@@ -87,7 +87,23 @@ class Weights:
             return self._held
         if not Path(self.path).is_file():
             raise SettingsError(f"reference={self.path!r} needs to be a file, and is none")
-        return dict(_flat(torch.load(self.path, map_location="cpu", weights_only=True)))
+        try:
+            given = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # of whatever kind: it depends on what the file is
+            said = f"is no file of torch.save() that holds tensors and plain values alone ({type(error).__name__})"
+            raise SettingsError(f"reference={self.path!r} {said}") from error
+        held = dict(_flat(_inside(given))) if isinstance(given, Mapping | TensorDictBase) else {}
+        if not held:
+            raise SettingsError(
+                f"reference={self.path!r} holds a {type(given).__name__} without tensors by name; wanted is the file "
+                "of a state dict, or a checkpoint of Lightning"
+            )
+        return held
+
+
+def _inside(given: Any) -> Any:
+    held = given.get("state_dict", None)
+    return held if isinstance(held, Mapping | TensorDictBase) else given
 
 
 def _flat(given: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

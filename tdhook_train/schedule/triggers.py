@@ -44,8 +44,11 @@ class Trigger(ABC):
 
     @property
     def everywhere(self) -> bool:
-        """Whether it is due at the same steps in every process of a training: clocks on the wall differ."""
-        return "seconds" not in self.scales
+        """Whether every process of a training that asks it finds the same.
+
+        Not so unless a trigger says so: clocks on the wall differ, and rows are known where they are measured.
+        """
+        return False
 
     def __or__(self, other: Trigger) -> Trigger:
         """Due when either is."""
@@ -141,6 +144,11 @@ class Every(Trigger):
         """The scale that is counted."""
         return frozenset([self.scale])
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether it counts anything but seconds."""
+        return "seconds" not in self.scales
+
     def due(self, clock: Clock) -> bool:
         """Whether a multiple of the period was crossed."""
         # 1e-9 of a period: a fraction of a total is rarely exact in floating point
@@ -166,6 +174,11 @@ class At(Trigger):
     def scales(self) -> frozenset[str]:
         """The scale of the steps."""
         return frozenset([self.of])
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it counts anything but seconds."""
+        return "seconds" not in self.scales
 
     def due(self, clock: Clock) -> bool:
         """Whether one of the steps was crossed."""
@@ -200,6 +213,11 @@ class Geometric(Trigger):
     def scales(self) -> frozenset[str]:
         """The scale of the steps."""
         return frozenset([self.of])
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it counts anything but seconds."""
+        return "seconds" not in self.scales
 
     def due(self, clock: Clock) -> bool:
         """Whether one of the steps was crossed."""
@@ -249,11 +267,6 @@ class When(Trigger):
     def rows(self) -> frozenset[str]:
         """The row it goes by."""
         return frozenset([self.fn]) if isinstance(self.fn, str) else frozenset()
-
-    @property
-    def everywhere(self) -> bool:
-        """A function may say anything; a row is known where it is measured, which is what it follows."""
-        return isinstance(self.fn, str)
 
     def due(self, clock: Clock) -> bool:
         """Ask the function, or compare each row that is new with the one before it that said something.

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from small import Net, data, fitted, left, loader, rows, same, trainer_for
 from torch.utils.data import DataLoader, TensorDataset
 
-from tdhook_train import ArtifactBuffer, At, Every
+from tdhook_train import ArtifactBuffer, At, Every, When
 from tdhook_train.callbacks import HealthCallback, ObserverCallback, ProbeCallback
 from tdhook_train.health import EffectiveRank
 
@@ -137,6 +137,7 @@ def test_scalars_reach_the_loggers_the_checkpoints_and_early_stopping(tmp_path):
         ({"every_n_epochs": 1}, [0, 6, 12]),
         ({"when": At(3) | Every(batches=8)}, [3, 8, 12]),
         ({}, list(range(13))),  # 2 % of 12 steps
+        ({"when": When(lambda clock: clock.step in (0, 4, 6))}, [0, 4, 6, 12]),  # once at 6, which ends an epoch
     ],
 )
 def test_cadences(cadence, steps, tmp_path):

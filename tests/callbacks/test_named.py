@@ -57,6 +57,15 @@ def test_a_probe_of_no_kind_is_refused():
         ProbeCallback(probe="logistics")
 
 
+def test_a_probe_of_ones_own_has_its_own_settings(tmp_path):
+    probe = RidgeProbe("net.4", target="positive", shifts=0)
+    with pytest.raises(SettingsError, match="has layers and a target of its own"):
+        ProbeCallback("net.*", probe=probe)
+    fitted(tmp_path, [ProbeCallback(probe=probe, batch=batch(), every_n_train_steps=12, dirpath=tmp_path / "run")])
+    with ArtifactBuffer.open(tmp_path / "run") as buffer:
+        assert (buffer["probe"].coords["layer"], buffer["probe"].coords["target"]) == (["net.4"], ["positive"])
+
+
 def test_patching_is_that_of_the_checkpoint(tmp_path):
     checkpoints = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}")
     callback = PatchingCallback(
