@@ -7,14 +7,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase
 
 from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.errors import SettingsError
 from tdhook_train.observer import ProbeSet
-from tdhook_train.observer.sources import Sources, stored_names, stored_versions
+from tdhook_train.observer.sources import Live, Sources, stored_names, stored_versions
+from tdhook_train.observer.subject import keys_beside
 
-__all__ = ["Data", "OfRun", "data_of"]
+__all__ = ["Data", "data_of"]
 
 
 class Data:
@@ -24,21 +26,17 @@ class Data:
         on: a probe set, or several by name.
     """
 
-    initial: Path | None = None  # weights at initialisation that a run keeps
-    keys: Mapping[str, Any] = {}  # what its networks read and give out
+    def __init__(self, on: ProbeSet | Mapping[str, Live | ProbeSet]) -> None:
+        self.sources = Sources(on)
+        self.initial: Path | None = None  # weights at initialisation that a run keeps
+        self.keys: Mapping[str, Any] = {}  # that a plain module was given there
 
-    def __init__(self, on: ProbeSet | Mapping[str, ProbeSet]) -> None:
-        self.sources = Sources(on)  # type: ignore[arg-type] - a mapping of probe sets is one of sources
-
-    def at(self, step: int) -> tuple[int, int] | None:
+    def at(self, step: int) -> tuple[int, int] | None:  # noqa: ARG002 - of a run it matters
         """Turn to what a step is measured on; return its frames and epoch where they are known."""
         return None
 
-    def close(self) -> None:
-        """Let go of what was opened."""
 
-
-class OfRun(Data):
+class _OfRun(Data):
     """What a run was measured on while it trained: of every step the version of then, with its frames and epoch.
 
     Args:
@@ -62,6 +60,8 @@ class OfRun(Data):
         self._known = first
         initial = path / "initial" / "weights.pt"
         self.initial = initial if initial.is_file() else None
+        if (keys := keys_beside(initial)).is_file():
+            self.keys = torch.load(keys, weights_only=True)
 
     def at(self, step: int) -> tuple[int, int] | None:
         """Turn to the versions of the last row up to this step."""
@@ -81,7 +81,7 @@ def data_of(given: Any) -> Data:
         SettingsError: something else, or a probe set that is not complete.
     """
     if isinstance(given, ArtifactBuffer | str | os.PathLike):
-        return OfRun(given)
+        return _OfRun(given)
     if isinstance(given, Mapping) and not isinstance(given, TensorDictBase):
         return Data({str(name): _probe_set(one) for name, one in given.items()})
     return Data(_probe_set(given))
@@ -92,7 +92,7 @@ def _probe_set(given: Any) -> ProbeSet:
         return ProbeSet(given)
     if not isinstance(given, ProbeSet):
         raise SettingsError(
-            f"data= takes a TensorDict, a ProbeSet, several by name, or the folder of a run; got a {type(given).__name__}"
+            f"data= takes a TensorDict, a ProbeSet, several by name, or a run's folder; got a {type(given).__name__}"
         )
     if not given.ready:
         raise SettingsError(f"data={given!r} is not complete")

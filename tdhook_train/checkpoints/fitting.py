@@ -18,8 +18,8 @@ _SHOWN = 3  # names in a message
 def fit(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
     """Give a model the weights of a checkpoint; it takes their dtype.
 
-    Where the model is a part of what was saved (``model.`` of a LightningModule, ``_orig_mod.`` of a compiled one), that
-    part is taken.
+    Where the model is a part of what was saved (``model.`` of a LightningModule, ``_orig_mod.`` of a compiled one),
+    that part is taken.
 
     Args:
         model: of one's own.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdhook_train.errors import CheckpointError, MissingPackageError, did_you_mean
 
-__all__ = ["Checkpoint", "Which", "is_torchrl", "read"]
+__all__ = ["Checkpoint", "Loading", "Which", "is_torchrl", "read"]
 
 Which = Literal["live", "average"]
 
@@ -70,6 +70,19 @@ def read(path: Path, *, weights: Which = "live", part: str | None = None, allow_
     if weights == "average":
         raise CheckpointError(_NO_AVERAGE.format(path))
     return found
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How checkpoints are read: see :func:`read`."""
+
+    weights: Which = "live"
+    part: str | None = None
+    allow_pickle: bool = False
+
+    def read(self, path: Path) -> Checkpoint:
+        """Read one."""
+        return read(path, weights=self.weights, part=self.part, allow_pickle=self.allow_pickle)
 
 
 def is_torchrl(path: Path) -> bool:

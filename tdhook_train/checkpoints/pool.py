@@ -36,7 +36,7 @@ def worked(plan: Plan, blocks: Iterable[Block], workers: int) -> Iterator[Done]:
         for block in blocks:
             yield from bench.measure(block)
         return
-    from joblib.externals import loky  # sends functions of the script along, and does not run it again
+    import loky  # sends functions of the script along, and does not run it again
 
     try:
         sent = cloudpickle.dumps(plan)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.checkpoints.data import Data, data_of
-from tdhook_train.checkpoints.formats import Which
+from tdhook_train.checkpoints.formats import Loading, Which
 from tdhook_train.checkpoints.listing import Listed, Paths, StepOf, files, listed
 from tdhook_train.checkpoints.pool import worked
 from tdhook_train.checkpoints.work import Bench, Block, Done, Plan, content_of
@@ -96,7 +96,7 @@ def sweep(  # noqa: PLR0913 - the one place where a user says everything
         SettingsError: nothing to measure, or on nothing.
 
     Example:
-        >>> sweep("runs/*/step=*.ckpt", build=Net, methods={"probe": RidgeProbe(target="y")}, data=td, into="runs/after")
+        >>> sweep("ckpt/*.pt", build=Net, methods={"probe": RidgeProbe(target="y")}, data=td, into="runs/after")
         ... # doctest: +SKIP
     """
     if on_error not in _ERRORS:
@@ -104,7 +104,7 @@ def sweep(  # noqa: PLR0913 - the one place where a user says everything
     if not isinstance(workers, int) or workers < 1:
         raise SettingsError(f"workers={workers!r} is no number of processes")
     rows, paths, known = rows_of(methods), files(checkpoints), data_of(data)
-    keys = known.keys | {name: given for name, given in (("in_keys", in_keys), ("out_keys", out_keys)) if given}
+    keys = {**known.keys, **{name: keys for name, keys in (("in_keys", in_keys), ("out_keys", out_keys)) if keys}}
     with ExitStack() as stack:
         if isinstance(into, ArtifactBuffer):
             buffer = into
@@ -113,9 +113,8 @@ def sweep(  # noqa: PLR0913 - the one place where a user says everything
         log = _Log(buffer, Recorder(buffer, rows, ()), on_error)
         initial = buffer.folder("initial") / "weights.pt"
         sources = _Sources(known, buffer)
-        options = {"weights": weights, "part": part, "allow_pickle": allow_pickle, "context": context}
-        plan = Plan(build, rows, sources.by_content, initial, seed, keys, **options)
-        todo = listed(paths, step, plan.read, log.unusable)
+        plan = Plan(build, rows, sources.by_content, initial, seed, keys, Loading(weights, part, allow_pickle), context)
+        todo = listed(paths, step, plan.loading.read, log.unusable)
         tasks = [(one, *sources.at(one)) for one in todo]
         left = log.left(todo)
         if not initial.is_file():
@@ -147,8 +146,8 @@ class _Log:
             begun = {note["step"] for note in self.buffer.events("sweep")}
             if not begun:
                 raise RunExistsError(
-                    f"{self.buffer.path} holds rows of step {others[0]}, which no sweep made: sweep into another folder, "
-                    "or pass overwrite=True"
+                    f"{self.buffer.path} holds rows of step {others[0]}, which no sweep made: sweep into another "
+                    "folder, or pass overwrite=True"
                 )
             self.buffer.truncate(after_step=min(others) - 1)  # rows of a checkpoint that was not finished
             self._done = {number: content for number, content in self._done.items() if number < min(others)}

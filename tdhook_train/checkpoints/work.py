@@ -1,4 +1,4 @@
-"""What is done with each checkpoint, here or in a process of its own: its weights go into one model, which is measured."""
+"""What is done with each checkpoint, here or in a process of its own: its weights go into a model that is measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from tdhook_train.checkpoints.fitting import fit
-from tdhook_train.checkpoints.formats import Checkpoint, Which, read
+from tdhook_train.checkpoints.formats import Loading
 from tdhook_train.checkpoints.listing import Listed
 from tdhook_train.errors import CheckpointError
 from tdhook_train.observer.measure import Rows
@@ -39,9 +39,7 @@ class Plan:
         seed: of what methods draw, and of what ``build`` draws.
         initial: file of the weights at initialisation.
         keys: ``in_keys`` and ``out_keys`` of a plain module.
-        weights: which of a checkpoint's.
-        part: of a checkpoint that holds them.
-        allow_pickle: run what a pickle asks for.
+        loading: how checkpoints are read.
         context: what every pass is made in, such as autocast.
         numerics: how torch computes.
     """
@@ -52,15 +50,9 @@ class Plan:
     initial: Path
     seed: int = 0
     keys: Mapping[str, Any] = field(default_factory=dict)
-    weights: Which = "live"
-    part: str | None = None
-    allow_pickle: bool = False
+    loading: Loading = field(default_factory=Loading)
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     numerics: Numerics = field(default_factory=Numerics)
-
-    def read(self, path: Path) -> Checkpoint:
-        """Read a checkpoint as this plan says."""
-        return read(path, weights=self.weights, part=self.part, allow_pickle=self.allow_pickle)
 
 
 @dataclass(frozen=True)
@@ -115,7 +107,7 @@ class Bench:
     def _one(self, listed: Listed, now: Times, sources: Sequence[tuple[str, int]]) -> Done:
         began, done = time.perf_counter(), Done(now, path=listed.path)
         try:
-            fit(self._model, self._plan.read(listed.path).state, listed.path)
+            fit(self._model, self._plan.loading.read(listed.path).state, listed.path)
             done.content = content_of(listed.path)
             subject = self._subject = self._subject or self._begun()
         except CheckpointError as error:
@@ -145,7 +137,7 @@ class Bench:
     def write_initial(self, first: Path | None) -> None:
         """Write the weights at initialisation: those of a checkpoint, or as they were built."""
         if first is not None:
-            fit(self._model, self._plan.read(first).state, first)
+            fit(self._model, self._plan.loading.read(first).state, first)
         subject = self._observed()
         subject.remember_initial()
         subject.save_initial(self._plan.initial)

@@ -21,7 +21,7 @@ from tdhook_train.method import look
 from tdhook_train.ops.files import whole_file
 from tdhook_train.ops.fingerprint import fingerprint
 
-__all__ = ["Subject"]
+__all__ = ["Subject", "keys_beside"]
 
 
 class Subject:
@@ -40,7 +40,7 @@ class Subject:
         out_keys: list[str] | None = None,
     ) -> None:
         self.model = model
-        self.asked = {"in_keys": in_keys, "out_keys": out_keys}
+        self._asked = {"in_keys": in_keys, "out_keys": out_keys}
         self.is_loss = is_loss(model)
         self.view: View = isolated(model)
         self.networks = {
@@ -102,9 +102,12 @@ class Subject:
             take_over(hooked.module, _weights(self.networks[name].module), values=False)
 
     def save_initial(self, path: Path) -> None:
-        """Write the weights at initialisation to one file."""
+        """Write the weights at initialisation to one file, and beside it which keys a plain module was given."""
         with whole_file(path) as partial:
             torch.save({name: _weights(hooked.module).to_dict() for name, hooked in self.initial.items()}, partial)
+        if any(self._asked.values()):
+            with whole_file(keys_beside(path)) as partial:
+                torch.save(self._asked, partial)
 
     def load_initial(self, path: Path) -> None:
         """Read the weights at initialisation of an earlier attempt."""
@@ -134,6 +137,11 @@ class Subject:
     def fingerprint(self) -> int:
         """Hash the weights and buffers that the networks hold now (inside ``view.open``)."""
         return fingerprint(TensorDict({name or "model": held for name, held in self.weights().items()}))
+
+
+def keys_beside(path: Path) -> Path:
+    """Say where the keys of a plain module lie, beside its weights at initialisation."""
+    return path.with_name("keys.pt")
 
 
 def _weights(module: nn.Module) -> TensorDictBase:
