@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class Example:
     data: tuple[torch.Tensor, ...]
     batch_size: int
     epochs: int
-    callbacks: Callable[[dict[str, Any]], list[ObserverCallback]]
+    callbacks: Callable[[Callable[[str], dict[str, Any]]], list[ObserverCallback]]
 
     def fitted(self, callbacks: list[Any]) -> tuple[float, torch.Tensor]:
         """Fit, and return the seconds and the weights."""
@@ -106,15 +107,17 @@ def images() -> Example:
         looks = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()
         return nn.Sequential(*looks, nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10))
 
-    def callbacks(fixed: dict[str, Any]) -> list[ObserverCallback]:
+    def callbacks(options: Callable[[str], dict[str, Any]]) -> list[ObserverCallback]:
         explained = IntegratedGradients(lambda td: td["output"].gather(1, td["target"][:, None])[:, 0], rows=64)
         return [
-            ProbeCallback(["net.6", "net.7", "net.8"], target={"sleeves": lambda td: sleeves[td["target"]]}, **fixed),
-            AttributionCallback(explained, **fixed),
-            HealthCallback("net.*", **fixed),
+            ProbeCallback(["net.6", "net.7", "net.8"], {"sleeves": sleeves}, **options("probe")),
+            AttributionCallback(explained, **options("attribution")),
+            HealthCallback("net.*", **options("health")),
         ]
 
-    sleeves = torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0, 0, 0])
+    def sleeves(td: Any) -> torch.Tensor:
+        return torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0, 0, 0])[td["target"]]
+
     return Example(net, nn.functional.cross_entropy, (x, torch.tensor(labels).long()), 64, 4, callbacks)
 
 
@@ -154,8 +157,8 @@ def heads() -> Example:
     def loss(logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits[:, 7:-1].flatten(0, 1), text[:, 8:].flatten())
 
-    def callbacks(fixed: dict[str, Any]) -> list[ObserverCallback]:
-        return [PatchingCallback("net.layers.*.*.out", {"word": ("output", 14, 0)}, **fixed)]
+    def callbacks(options: Callable[[str], dict[str, Any]]) -> list[ObserverCallback]:
+        return [PatchingCallback("net.layers.*.*.out", {"word": ("output", 14, 0)}, **options("patching"))]
 
     return Example(Reader, loss, (text,), 64, 30, callbacks)
 
@@ -168,10 +171,10 @@ def yaml() -> Example:
         layers = [part for a, b in itertools.pairwise([6, 32, 32]) for part in (nn.Linear(a, b), nn.Tanh())]
         return nn.Sequential(*layers, nn.Linear(32, 1))
 
-    def callbacks(fixed: dict[str, Any]) -> list[ObserverCallback]:
+    def callbacks(options: Callable[[str], dict[str, Any]]) -> list[ObserverCallback]:
         return [
-            ProbeCallback("net.*", "target", **fixed),
-            AttributionCallback(IntegratedGradients(points=16, rows=32), **fixed),
+            ProbeCallback("net.*", "target", **options("probe")),
+            AttributionCallback(IntegratedGradients(points=16, rows=32), **options("attribution")),
         ]
 
     return Example(net, nn.functional.mse_loss, (x, x[:, :1] * x[:, 1:2]), 100, 40, callbacks)
@@ -191,12 +194,8 @@ def run(name: str, repeats: int, *, background: bool) -> None:
     for _ in range(repeats):
         for side in order.sample(list(sides), len(sides)):
             with tempfile.TemporaryDirectory() as folder:
-                callbacks: list[ObserverCallback] = []
-                if side != "bare":
-                    fixed = {"batch": [part[:512] for part in example.data], "background": sides[side]}
-                    callbacks = example.callbacks(fixed)
-                    for callback in callbacks:
-                        callback._dirpath = Path(folder) / callback.name  # each callback a folder of its own
+                options = partial(_options, Path(folder), example, background=bool(sides[side]))
+                callbacks = [] if side == "bare" else example.callbacks(options)
                 seconds, weights[side] = example.fitted(callbacks)
                 took[side].append(seconds)
                 if side == "foreground":
@@ -208,6 +207,11 @@ def run(name: str, repeats: int, *, background: bool) -> None:
     steps = example.epochs * -(-len(example.data[0]) // example.batch_size)
     told = ", ".join(f"{key} {value * 1e3:.0f}" for key, value in costs.items())
     print(f"| {name}, {steps:,} steps | {bare:.1f} | {' | '.join(ratios)} | {told} |", flush=True)
+
+
+def _options(folder: Path, example: Example, name: str, *, background: bool) -> dict[str, Any]:
+    batch = [part[:512] for part in example.data]
+    return {"batch": batch, "background": background, "dirpath": folder / name}
 
 
 def _cost(folder: Path) -> float:

@@ -70,6 +70,7 @@ class Watch:
         self._replicas = Replicas(edits, first=self.ranks.first) if self.ranks.several and edits else None
         self._fixed = self.ranks.of_each(lambda: asked.on.settled(trainer))
         self._telling = Telling(trainer, asked.name, log_metrics=asked.log_metrics, prog_bar=asked.prog_bar)
+        self._telling.keeps = self.ranks.several
         self._restored: dict[str, Any] | None = None
         self._resumes = False
         self.observer: Observer | None = None
@@ -97,6 +98,9 @@ class Watch:
             epoch: how many are behind.
         """
         self.last, ranks = batch, self.ranks
+        if not ranks.several and self.observer is not None:  # as nearly always
+            self._measured(self.observer, module, lambda: as_tensordict(batch), epoch)
+            return
         if ranks.several and not ranks.due(self.observer, self._trainer.global_step, epoch, self.batches):
             with ranks.alone():  # clocks go on, and spans end
                 self._observe(module, lambda: as_tensordict(batch), epoch)
