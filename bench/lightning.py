@@ -2,7 +2,7 @@
 
 Fits of one seed take turns in random order in one process; all must end in the same weights.
 
-    python bench/lightning.py [--repeats 3] [--only images] [--background]
+    python bench/lightning.py [--repeats 3] [--only images]
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tdhook_train import ArtifactBuffer
+from tdhook_train import ArtifactBuffer, Budget
 from tdhook_train.attribution import IntegratedGradients
 from tdhook_train.callbacks import (
     AttributionCallback,
@@ -78,7 +79,7 @@ class Example:
     data: tuple[torch.Tensor, ...]
     batch_size: int
     epochs: int
-    callbacks: Callable[[dict[str, Any]], list[ObserverCallback]]
+    callbacks: Callable[[Callable[[str], dict[str, Any]]], list[ObserverCallback]]
 
     def fitted(self, callbacks: list[Any]) -> tuple[float, torch.Tensor]:
         """Fit, and return the seconds and the weights."""
@@ -106,15 +107,17 @@ def images() -> Example:
         looks = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()
         return nn.Sequential(*looks, nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10))
 
-    def callbacks(fixed: dict[str, Any]) -> list[ObserverCallback]:
+    def callbacks(options: Callable[[str], dict[str, Any]]) -> list[ObserverCallback]:
         explained = IntegratedGradients(lambda td: td["output"].gather(1, td["target"][:, None])[:, 0], rows=64)
         return [
-            ProbeCallback(["net.6", "net.7", "net.8"], target={"sleeves": lambda td: sleeves[td["target"]]}, **fixed),
-            AttributionCallback(explained, **fixed),
-            HealthCallback("net.*", **fixed),
+            ProbeCallback(["net.6", "net.7", "net.8"], {"sleeves": sleeves}, **options("probe")),
+            AttributionCallback(explained, **options("attribution")),
+            HealthCallback("net.*", **options("health")),
         ]
 
-    sleeves = torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0, 0, 0])
+    def sleeves(td: Any) -> torch.Tensor:
+        return torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0, 0, 0])[td["target"]]
+
     return Example(net, nn.functional.cross_entropy, (x, torch.tensor(labels).long()), 64, 4, callbacks)
 
 
@@ -154,8 +157,8 @@ def heads() -> Example:
     def loss(logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits[:, 7:-1].flatten(0, 1), text[:, 8:].flatten())
 
-    def callbacks(fixed: dict[str, Any]) -> list[ObserverCallback]:
-        return [PatchingCallback("net.layers.*.*.out", {"word": ("output", 14, 0)}, **fixed)]
+    def callbacks(options: Callable[[str], dict[str, Any]]) -> list[ObserverCallback]:
+        return [PatchingCallback("net.layers.*.*.out", {"word": ("output", 14, 0)}, **options("patching"))]
 
     return Example(Reader, loss, (text,), 64, 30, callbacks)
 
@@ -168,46 +171,51 @@ def yaml() -> Example:
         layers = [part for a, b in itertools.pairwise([6, 32, 32]) for part in (nn.Linear(a, b), nn.Tanh())]
         return nn.Sequential(*layers, nn.Linear(32, 1))
 
-    def callbacks(fixed: dict[str, Any]) -> list[ObserverCallback]:
+    def callbacks(options: Callable[[str], dict[str, Any]]) -> list[ObserverCallback]:
         return [
-            ProbeCallback("net.*", "target", **fixed),
-            AttributionCallback(IntegratedGradients(points=16, rows=32), **fixed),
+            ProbeCallback("net.*", "target", **options("probe")),
+            AttributionCallback(IntegratedGradients(points=16, rows=32), **options("attribution")),
         ]
 
     return Example(net, nn.functional.mse_loss, (x, x[:, :1] * x[:, 1:2]), 100, 40, callbacks)
 
 
 EXAMPLES = {"images": images, "heads": heads, "yaml": yaml}
+SIDES: dict[str, dict[str, Any] | None] = {
+    "bare": None,
+    "observed": {},
+    "budget": {"budget": Budget(overhead=0.05)},
+    "background": {"background": True},
+}
 
 
-def run(name: str, repeats: int, *, background: bool) -> None:
+def run(name: str, repeats: int) -> None:
     """Print one row, and what each row of an artifact took."""
     example = EXAMPLES[name]()
-    sides = {"bare": None, "foreground": False} | ({"background": True} if background else {})
-    took: dict[str, list[float]] = {side: [] for side in sides}
+    took: dict[str, list[float]] = {side: [] for side in SIDES}
     costs: dict[str, float] = {}
     weights: dict[str, torch.Tensor] = {}
     order = random.Random(0)
     for _ in range(repeats):
-        for side in order.sample(list(sides), len(sides)):
+        for side in order.sample(list(SIDES), len(SIDES)):
             with tempfile.TemporaryDirectory() as folder:
-                callbacks: list[ObserverCallback] = []
-                if side != "bare":
-                    fixed = {"batch": [part[:512] for part in example.data], "background": sides[side]}
-                    callbacks = example.callbacks(fixed)
-                    for callback in callbacks:
-                        callback._dirpath = Path(folder) / callback.name  # each callback a folder of its own
+                more = SIDES[side]
+                callbacks = [] if more is None else example.callbacks(partial(_options, Path(folder), example, more))
                 seconds, weights[side] = example.fitted(callbacks)
                 took[side].append(seconds)
-                if side == "foreground":
+                if side == "observed":
                     costs = {callback.name: _cost(Path(folder) / callback.name) for callback in callbacks}
     if not all(torch.equal(weights["bare"], value) for value in weights.values()):
         raise SystemExit(f"{name}: a fit with callbacks ended in other weights: the comparison is void")
     bare = statistics.median(took["bare"])
-    ratios = [f"{statistics.median(took[side]) / bare:.3f}" for side in list(sides)[1:]]
+    ratios = [f"{statistics.median(took[side]) / bare:.3f}" for side in list(SIDES)[1:]]
     steps = example.epochs * -(-len(example.data[0]) // example.batch_size)
     told = ", ".join(f"{key} {value * 1e3:.0f}" for key, value in costs.items())
     print(f"| {name}, {steps:,} steps | {bare:.1f} | {' | '.join(ratios)} | {told} |", flush=True)
+
+
+def _options(folder: Path, example: Example, more: dict[str, Any], name: str) -> dict[str, Any]:
+    return {"batch": [part[:512] for part in example.data], "dirpath": folder / name, **more}
 
 
 def _cost(folder: Path) -> float:
@@ -251,17 +259,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=list(EXAMPLES))
-    parser.add_argument("--background", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(f"machine: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; ", end="")
     print(f"torch {torch.__version__}, Lightning {pl.__version__}; median of {options.repeats}\n")
-    beside = "background / bare | " if options.background else ""
-    print(f"| fit | bare, s | foreground / bare | {beside}ms a tick |")
-    print("|---|---|---|---|" + ("---|" if options.background else ""))
+    print("| fit | bare, s | observed / bare | with Budget(0.05) | in the background | ms a tick |")
+    print("|---|---|---|---|---|---|")
     for name in [options.only] if options.only else EXAMPLES:
-        run(name, options.repeats, background=options.background)
+        run(name, options.repeats)
     print(f"\na step at which nothing is due: {dispatch():.1f} µs more")
 
 

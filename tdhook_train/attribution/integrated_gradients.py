@@ -19,6 +19,9 @@ from tdhook_train.ops.quadrature import gauss_legendre
 
 __all__ = ["IntegratedGradients"]
 
+_LEAST_ROWS, _MOST_ROWS = 32, 2048
+_IN_CACHE = 2**20  # numbers
+
 
 @dataclass(frozen=True)
 class IntegratedGradients(Attribution):
@@ -31,8 +34,8 @@ class IntegratedGradients(Attribution):
         targets: see :class:`Attribution`, as are ``init_attr_targets`` and ``rows``.
         points: Gauss-Legendre points of the path.
         baseline: where ``("baseline", key)`` is not in the batch: zeros, or the mean over the batch.
-        rows_per_pass: at most so many points of paths go through the network at once, which bounds memory; what stays
-            in a core's cache for a small network was measured fastest.
+        rows_per_pass: at most so many points of paths go through the network at once, which bounds memory; by default
+            as many as keep the largest activation in a core's cache, which was measured fastest.
 
     Writes:
         ``("attr", key)`` [batch, target, *feature] for each floating input key, in units of the target.
@@ -43,15 +46,16 @@ class IntegratedGradients(Attribution):
 
     points: int = 50
     baseline: Literal["zero", "mean"] = "zero"
-    rows_per_pass: int = 2048
+    rows_per_pass: int | None = None
 
     writes: ClassVar[Mapping[str, str]] = {"attr": "batch target *feature", "delta": "batch target"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("points", "rows_per_pass"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"IntegratedGradients needs {name} of 1 or more, got {getattr(self, name)}")
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise SettingsError(f"IntegratedGradients needs {name} of 1 or more, got {given}")
         if self.baseline not in ("zero", "mean"):
             raise SettingsError(f"baseline={self.baseline!r} is none of 'zero', 'mean'")
 
@@ -61,8 +65,14 @@ class IntegratedGradients(Attribution):
         still = {key: value[index] for key, value in self._beside(seen, model).items()}
         ends = {key: value[index] for key, value in inputs.items()} | still
         starts = {key: self._baseline(seen, key, inputs[key], index) for key in inputs} | still
-        chunks = torch.arange(len(index), device=index.device).split(self.rows_per_pass)
+        chunks = torch.arange(len(index), device=index.device).split(self._at_once(model))
         return torch.cat([self._explain(model, _rows(starts, chunk), _rows(ends, chunk)) for chunk in chunks])
+
+    def _at_once(self, model: HookedModel) -> int:
+        if self.rows_per_pass is not None:
+            return self.rows_per_pass
+        largest = max((site.size for site in model.traced), default=1)
+        return min(_MOST_ROWS, max(_LEAST_ROWS, _IN_CACHE // max(largest, 1)))
 
     def _explain(self, model: HookedModel, starts: _Point, ends: _Point) -> TensorDict:
         attr = self._integrate(model, starts, ends)
@@ -88,7 +98,7 @@ class IntegratedGradients(Attribution):
         moving = [key for key in model.in_keys if ends[key].is_floating_point()]
         sums: dict[tuple[int, NestedKey], Tensor] = {}
         targets = 0
-        for chunk in torch.arange(self.points).split(max(1, self.rows_per_pass // rows)):
+        for chunk in torch.arange(self.points).split(max(1, self._at_once(model) // rows)):
             with torch.inference_mode(False), torch.enable_grad():
                 repeated = {key: _repeat(end, len(chunk)) for key, end in ends.items() if key not in moving}
                 path = repeated | {key: _between(starts[key], ends[key], at[chunk]) for key in moving}

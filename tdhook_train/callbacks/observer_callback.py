@@ -103,6 +103,7 @@ class ObserverCallback(Callback):
         refuse_settings(type(self), settings, limits or {})
         check_name(name)
         self.name = name if weights == "live" else f"{name}-average"
+        self._key = self._generate_state_key(name=self.name)  # which Lightning asks for at every hook
         self.at, self.weights = at, weights
         self.methods = dict(methods) if isinstance(methods, Mapping) else {name: methods}
         rows_of(self.methods, none=bool(settings.get("edits")))
@@ -137,7 +138,7 @@ class ObserverCallback(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
+        return self._key
 
     @property
     def rows(self) -> list[str]:

@@ -36,11 +36,13 @@ class Telling:
         self._monitored = log_metrics
         self._bar = _Bar(trainer, name) if prog_bar and bar is not None and getattr(bar, "is_enabled", True) else None
         self._loggers = [_Logger(logger) for logger in trainer.loggers] if log_metrics else []
+        self.keeps = False  # what it was told, since others are to be told as well
         self._told: list[Told] = []
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Tell of scalars that were measured at a step."""
-        self._told.append((dict(metrics), step))
+        if self.keeps:
+            self._told.append((dict(metrics), step))
         told = {keyed(self._name, key): value for key, value in metrics.items()}
         if self._monitored:
             self._trainer.callback_metrics.update({key: torch.tensor(value) for key, value in told.items()})

@@ -27,7 +27,7 @@ from tdhook_train.undo import Undo
 
 __all__ = ["Asked", "Watch"]
 
-_Found = tuple[list[Told], Mapping[str, int | None]]  # what the others are told, and the spans that are held
+_Spans = Mapping[str, int | None]  # that are held, and when each ends
 _Batch = Callable[[], TensorDictBase]
 
 
@@ -70,6 +70,7 @@ class Watch:
         self._replicas = Replicas(edits, first=self.ranks.first) if self.ranks.several and edits else None
         self._fixed = self.ranks.of_each(lambda: asked.on.settled(trainer))
         self._telling = Telling(trainer, asked.name, log_metrics=asked.log_metrics, prog_bar=asked.prog_bar)
+        self._telling.keeps = self.ranks.several
         self._restored: dict[str, Any] | None = None
         self._resumes = False
         self.observer: Observer | None = None
@@ -97,6 +98,9 @@ class Watch:
             epoch: how many are behind.
         """
         self.last, ranks = batch, self.ranks
+        if not ranks.several and self.observer is not None:  # as nearly always
+            self._measured(self.observer, module, lambda: as_tensordict(batch), epoch)
+            return
         if ranks.several and not ranks.due(self.observer, self._trainer.global_step, epoch, self.batches):
             with ranks.alone():  # clocks go on, and spans end
                 self._observe(module, lambda: as_tensordict(batch), epoch)
@@ -107,7 +111,7 @@ class Watch:
 
     def hold(self, module: LightningModule, batch: Any) -> None:
         """Hold the edits again that were held when the checkpoint was made."""
-        self._together(module, batch, lambda whole: ([], self._known(module, whole).spans))
+        self._together(module, batch, lambda whole: self._known(module, whole).spans)
 
     def finish(self, *, report: bool) -> None:
         """Measure the last weights, and write the report if that is asked for."""
@@ -117,13 +121,13 @@ class Watch:
         whole = self._whole(self.last)
         self._tell(self.ranks.of_first(lambda: self._finished(whole, report=report)))
 
-    def _together(self, module: LightningModule, batch: Any, do: Callable[[_Batch], _Found]) -> None:
-        """Let the first process do something, and all have what comes of it: new scalars, and the spans it holds."""
+    def _together(self, module: LightningModule, batch: Any, do: Callable[[_Batch], _Spans]) -> None:
+        """Let the first process do something, and all have what came of it by now: new scalars, and its spans."""
         if self.ranks.several:
             _ = self._trainer.callback_metrics  # what is logged is reduced by all processes, and below alone by none
         whole = self._whole(batch)
-        found, spans = self.ranks.of_first(lambda: do(whole))
-        self._tell(found)
+        spans, told = self.ranks.of_first(lambda: (do(whole), self._telling.taken()))
+        self._tell(told)
         if self._replicas is not None:
             self._replicas.follow(module, self._trainer.optimizers, spans)
 
@@ -137,30 +141,30 @@ class Watch:
         whole = self.ranks.whole(batch)
         return lambda: whole
 
-    def _tell(self, found: list[Told]) -> None:
+    def _tell(self, told: list[Told]) -> None:
         if not self.ranks.first:
-            for metrics, step in found:
+            for metrics, step in told:
                 self._telling.log_metrics(metrics, step)
 
     # ------------------------------------------------------------------ in the first process
 
-    def _observe(self, module: LightningModule, batch: _Batch, epoch: int) -> _Found:
+    def _observe(self, module: LightningModule, batch: _Batch, epoch: int) -> _Spans:
         if not self.ranks.first:
-            return [], {}
+            return {}
         if self.observer is not None:
             return self._measured(self.observer, module, batch, epoch)
         with Undo() as undo:  # a measurement that fails at once leaves nothing behind
             remove_if_new(self._folder, undo)
             undo.callback(self._drop)
-            found = self._measured(self._known(module, batch), module, batch, epoch)
+            spans = self._measured(self._known(module, batch), module, batch, epoch)
             undo.pop_all()
-        return found
+        return spans
 
-    def _measured(self, observer: Observer, module: LightningModule, batch: _Batch, epoch: int) -> _Found:
+    def _measured(self, observer: Observer, module: LightningModule, batch: _Batch, epoch: int) -> _Spans:
         step = self._trainer.global_step
         with self._trainer.precision_plugin.forward_context():
             observer.step(self._model(module), batch, step=step, epoch=epoch, batches=self.batches)
-        return self._telling.taken(), observer.spans
+        return observer.spans
 
     def _finished(self, batch: _Batch, *, report: bool) -> list[Told]:
         if self.observer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class TracedSite:
     module: nn.Module = field(repr=False, compare=False)
     paths: tuple[str, ...]  # every name of the module, the site's own first
     previous: str | None  # site of the module whose output object was this module's input, if any
+    size: int = 0  # numbers that it gives out for a row of the batch
 
 
 def trace(model: nn.Module, call: Callable[[], Any], batch: tuple[int, ...] = ()) -> tuple[TracedSite, ...]:
@@ -43,7 +45,7 @@ def trace(model: nn.Module, call: Callable[[], Any], batch: tuple[int, ...] = ()
     named: dict[nn.Module, list[str]] = {}
     for path, module in walk(model):
         named.setdefault(module, []).append(path)
-    agents = Agents(named, batch)
+    agents, total = Agents(named, batch), max(1, math.prod(batch))
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if is_tensor_collection(output):
@@ -54,7 +56,7 @@ def trace(model: nn.Module, call: Callable[[], Any], batch: tuple[int, ...] = ()
             for place in agents.places(module, items, tensor):
                 site = Site(paths[0], place)
                 previous = gave.get(id(first)) if first is not None and place == items else None
-                rows.setdefault(str(site), TracedSite(site, module, paths, previous))
+                rows.setdefault(str(site), TracedSite(site, module, paths, previous, tensor.numel() // total))
             if is_leaf(module):
                 gave[id(tensor)] = str(Site(paths[0], items))
                 kept.append(tensor)

@@ -151,7 +151,10 @@ class Wandb:
         return found
 
     def lines(self, path: Path, logger: Any) -> Lines:
+        import wandb
+
         logger.experiment.finish()
+        wandb.teardown()  # the process that writes the file may not be done before
         self.given = self.history(path)
         assert [line["_step"] for line in self.given] == list(range(len(self.given)))  # nothing was thrown away
         found: Lines = {}
