@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["emergence_table"]
 
+_NOTHING = {"r2": 0.0, "r2_pooled": 0.0}  # what a constant reaches, by definition
 _LUCK = 0.05  # how often a null that is beaten at 5 % is beaten at one tick
 
 
@@ -39,7 +40,8 @@ def emergence_table(
     """Say of every series of a measurement, layer by layer and target by target, when it emerged.
 
     A series that never beats its null has no onset. It beats it where it lies beyond for several ticks running; ticks
-    at which either is not finite are left out. A series for which no null was computed at all keeps its onset, and the
+    at which either is not finite are left out, and an R² (keys ``r2`` and ``r2_pooled``) must lie above 0 too, which a
+    constant reaches. A series for which no null was computed at all keeps its onset, and the
     column ``null`` says so: whether it is more than chance is then not known.
 
     Args:
@@ -139,8 +141,10 @@ def _newest(
                 f"the null {show(as_key(null))!r} has shape {chance.shape[1:]} a tick, "
                 f"{show(as_key(key))!r} {values.shape[1:]}"
             )
-        chance = chance[rows][last].reshape(last.sum(), -1)
-    return steps[last], values[rows][last].reshape(last.sum(), -1), chance
+        chance = np.maximum(
+            chance[rows][last].reshape(last.sum(), math.prod(values.shape[1:])), _NOTHING.get(as_key(key)[-1], -np.inf)
+        )
+    return steps[last], values[rows][last].reshape(last.sum(), math.prod(values.shape[1:])), chance
 
 
 class _Found:

@@ -85,8 +85,8 @@ def test_the_null_is_beaten_by_ticks_running(run, ticks, beaten, rng, tmp_path):
     r2 = scores(rng)
     assert 20 < len(STEPS) <= 400  # three by default
     null = np.ones_like(r2)
-    null[10 : 10 + run, 0, 0] = -1
-    null[20 : 20 + run + 1 : run + 1, 0, 0] = -1  # apart: not running
+    null[10 : 10 + run, 0, 0] = 0
+    null[20 : 20 + run + 1 : run + 1, 0, 0] = 0  # apart: not running
     with write(tmp_path, r2, null) as buffer:
         row = emergence_table(buffer["probe"], ticks=ticks).iloc[0]
     assert (row.null == "beaten") == beaten
@@ -108,6 +108,14 @@ def test_ticks_without_score_or_null_are_left_out(planted, tmp_path):
     assert table.null["actor.2", "speed"] == "none"
     assert table.onset_half["actor.2", "speed"] == pytest.approx(1500, rel=0.1)
     assert table.reason["actor.0", "noise"] == "no finite value"
+
+
+def test_an_r2_below_0_is_nothing_whatever_the_null(planted, tmp_path):
+    r2, null = planted[0] - 1, planted[1] - 1
+    with write(tmp_path / "a", r2, null) as one, write(tmp_path / "b", r2, null, key="margin") as other:
+        assert (emergence_table(one["probe"]).null == "not beaten").all()
+        table = emergence_table(other["probe"], "margin")
+    assert (table.null == "beaten").tolist() == [True, False, False, True, True, False]
 
 
 def test_a_loss_falls(planted, tmp_path):
