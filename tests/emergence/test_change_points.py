@@ -121,6 +121,14 @@ def test_the_interval_holds_the_change(rng, autoregressive):
     assert np.mean(held) > 0.93
 
 
+def test_the_interval_is_bais(rng):
+    values = rng.standard_normal(200) + 1.5 * (np.arange(200) >= 80)
+    found = change_points(values)
+    reach = int(11.033 * long_run_variance(values[:, None])[0] / np.diff(found.means)[0] ** 2) + 1
+    assert (found.low.tolist(), found.high.tolist()) == ([found.points[0] - reach], [found.points[0] + reach])
+    assert found.penalty == pytest.approx(3 * long_run_variance(values[:, None])[0] * np.log(200))
+
+
 def test_what_does_not_change_has_no_change():
     for values in ([], [1.0], [1.0, 2.0], np.full(30, 0.1), np.zeros(200)):
         found = change_points(values)

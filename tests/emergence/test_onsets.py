@@ -8,6 +8,7 @@ from scipy.optimize import curve_fit
 from tdhook_train.emergence import half_maximum, sigmoid_onset
 from tdhook_train.errors import SettingsError
 from tdhook_train.ops import sigmoid as fits
+from tdhook_train.ops.series import running_median
 
 LINEAR = np.linspace(0, 6000, 60)
 GEOMETRIC = np.unique(np.concatenate([[0], np.geomspace(1, 1e4, 59).round()]))
@@ -74,6 +75,16 @@ def test_single_ticks_that_stand_out_are_no_onset(rng, sigmoids):
     found = half_maximum(GEOMETRIC, values)
     assert found.onset == pytest.approx(clean.onset, rel=0.05)
     assert found.plateau == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("half_width", [1, 3, 12])
+def test_the_running_median_is_that_of_ever_fewer_near_the_ends(half_width, rng):
+    values = rng.standard_normal((20, 3))
+    reach = [min(half_width, at, 19 - at) for at in range(20)]
+    slow = np.stack([np.median(values[at - r : at + r + 1], 0) for at, r in enumerate(reach)])
+    assert running_median(values, half_width).tolist() == slow.tolist()
+    rising = np.sort(values, 0)
+    assert running_median(rising, half_width).tolist() == rising.tolist()
 
 
 def test_the_level_to_start_from_may_be_given():
