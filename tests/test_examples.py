@@ -127,6 +127,16 @@ def test_lightning_images(data: str, tmp_path: Path) -> None:
     assert out[-1] == str(tmp_path / "health" / "report.html")
 
 
+def test_when_did_it_learn(tmp_path: Path) -> None:
+    *_, two, three, chance, order = ran("when_did_it_learn", str(tmp_path))
+    steps = [float(line.split("step ")[1].split()[0]) for line in (two, three)]
+    assert steps[0] < steps[1] / 3  # a product of two before one of three
+    assert [line.rsplit(", ", 1)[1] for line in (two, three, chance)] == ["5 of 5", "5 of 5", "0 of 5"]
+    assert "p = 0.031" in order  # all five seeds agree
+    r2 = ArtifactBuffer.open(tmp_path / "0")["probe"].to_xarray().r2.sel(layer="4", target="three")
+    assert float(r2.sel(step=round(steps[1]), method="bfill")) > 0.3 > 0.1 > float(r2.sel(step=8))
+
+
 def test_fabric_loop(tmp_path: Path) -> None:
     out = [line for line in ran("fabric_loop", str(tmp_path)) if line.startswith("step ")]
     r2 = ArtifactBuffer.open(tmp_path)["probe"].to_xarray().r2.sel(target="product")
