@@ -82,8 +82,9 @@ def sweep(  # noqa: PLR0913 - the one place where a user says everything
         on_error: a checkpoint that cannot be used (cut short, keys missing, other shapes) or a method that fails stops
             the sweep, warns, or is only noted in the run's events.
         allow_pickle: let checkpoints run whatever they ask for; without, only weights are read.
-        context: what every pass is made in, e.g. ``lambda: torch.autocast("cpu", torch.bfloat16)`` for what was trained
-            in mixed precision.
+        context: what every pass is made in: for what Lightning trained in another precision than ``"32-true"``, that of
+            such a trainer, ``Trainer(precision="bf16-mixed").precision_plugin.forward_context``; or a function like
+            ``lambda: torch.autocast("cpu", torch.bfloat16)``.
         overwrite: replace the run that the folder holds.
         progress: show a progress bar.
 
@@ -110,7 +111,9 @@ def sweep(  # noqa: PLR0913 - the one place where a user says everything
         if isinstance(into, ArtifactBuffer):
             buffer = into
         else:
-            buffer = stack.enter_context(ArtifactBuffer(into, resume=_holds_run(into), overwrite=overwrite))
+            buffer = stack.enter_context(
+                ArtifactBuffer(into, resume=_holds_run(into) and not overwrite, overwrite=overwrite)
+            )
         log = Log(buffer, rows, known.sources.names, drawn, on_error)
         initial = buffer.folder("initial") / "weights.pt"
         sources = _Sources(known, buffer)

@@ -387,7 +387,7 @@ def test_two_parts_like_the_model_are_not_told_apart():
         ),
         (
             nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half()),
-            r"a holds '1.weight' of torch.float16, which is torch.float32 in the Sequential that was built; build it so",
+            r"a holds '1.weight' of torch.float16, which is torch.float32 in the Sequential that was built; build",
         ),
     ],
 )
