@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -55,6 +56,7 @@ def worked(plan: Plan, blocks: Iterable[Block], workers: int, bench: Bench | Non
         while under_way:
             yield from map(pickle.loads, under_way.popleft().result())
             under_way.extend(pool.submit(_measure, block) for block in islice(remaining, 1))
+        pool.shutdown(wait=True)  # at their own pace, since they may hold semaphores
     except loky.process_executor.BrokenProcessPool as error:
         raise WorkerError(f"a process that measures checkpoints ended; what it said stands above. {error}") from error
     finally:
@@ -70,5 +72,7 @@ def _begin(plan: bytes, folder: str) -> None:
 
 def _measure(block: Block) -> list[bytes]:
     global _bench
-    _bench = _bench or Bench(cloudpickle.loads(_sent))
+    if _bench is None:
+        _bench = Bench(cloudpickle.loads(_sent))
+        gc.collect()  # what build() made beside the model, such as replay buffers and their semaphores
     return [done.written() for done in _bench.measure(block)]

@@ -133,11 +133,18 @@ class Sum(Method):
     def measure(self, seen, model):
         return TensorDict({"sum": model.module.weight.sum()})
 
+def build():
+    from torchrl.data import LazyTensorStorage, ReplayBuffer
+
+    made = {"net": Net(2, 2), "beside": ReplayBuffer(storage=LazyTensorStorage(3))}  # which holds semaphores
+    made["itself"] = made
+    return made["net"]
+
 td = TensorDict({"input": torch.ones(4, 2)}, [4])
 states = [Net(2, 2).state_dict() for _ in range(6)]
 for i, state in enumerate(states):
     torch.save(state, f"{i}.pt")
-buffer = sweep("*.pt", lambda: Net(2, 2), {"sum": Sum()}, td, "run", workers=2, in_keys=["input"], progress=False)
+buffer = sweep("*.pt", build, {"sum": Sum()}, td, "run", workers=2, in_keys=["input"], progress=False)
 assert buffer["sum"].series("sum").tolist() == [state["weight"].sum().item() for state in states]
 print("done")
 """
