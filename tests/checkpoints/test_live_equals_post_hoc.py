@@ -99,9 +99,9 @@ def trained(name: str, folder: Path, door: str, on: Callable[[Any], Any]) -> Any
 
 ON = {
     "first frames": lambda collector: ProbeSet.first(collector, frames=18),
-    "refreshed": lambda collector: ProbeSet.first(collector, frames=18, refresh=Every(frames=2 * PER_BATCH)),
+    "refreshed": lambda collector: ProbeSet.first(collector, frames=18, refresh=Every(optim_steps=4)),
     "several": lambda collector: {
-        "now": ProbeSet.first(collector, frames=18, refresh=Every(frames=2 * PER_BATCH)),
+        "now": ProbeSet.first(collector, frames=18, refresh=Every(optim_steps=4)),
         "first": ProbeSet.first(collector, frames=18),
     },
 }
