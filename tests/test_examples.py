@@ -91,6 +91,14 @@ def test_live_edits(tmp_path: Path) -> None:
     assert buffer["redo"].steps.tolist() == buffer["health"].steps[crossed].tolist()
 
 
+def test_sweep_checkpoints(tmp_path: Path) -> None:
+    assert ran("sweep_checkpoints", str(tmp_path))[-1] == "differences: []"
+    with ArtifactBuffer.open(tmp_path / "after") as after:
+        assert after["probe"].steps.tolist() == list(range(0, 321, 64))
+        r2 = after["probe"].to_xarray().r2.squeeze("target")
+    assert float(r2.sel(step=320, layer="net.4")) > 0.9 > 0.1 > float(r2.sel(step=0, layer="net.4"))
+
+
 def test_inside_a_model() -> None:
     logits = {
         line.split(":")[0].strip(): json.loads(line.split(":", 1)[1])

@@ -203,6 +203,14 @@ class Recording(Run):
             steps, _ = storage.disk.column(("meta", "step"), *storage.disk.index())
             storage.drop((steps > after_step).nonzero()[:, 0].tolist())
 
+    def drop(self, name: str, steps: Iterable[int]) -> None:
+        """Drop the rows of these steps from one artifact, as measuring them again needs."""
+        self._check_open()
+        if gone := set(steps):
+            storage = self[name].storage
+            held, _ = storage.disk.column(("meta", "step"), *storage.disk.index())
+            storage.drop([place for place, step in enumerate(held.tolist()) if step in gone])
+
     def note(self, kind: str, **fields: Any) -> None:
         """Record something that happened, as one line of ``events.jsonl``."""
         self._check_open()

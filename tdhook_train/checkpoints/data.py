@@ -53,7 +53,7 @@ class _OfRun(Data):
         if not names:
             raise SettingsError(f"{path} keeps no probe set, since it was measured on batches in training; give data=")
         with ArtifactBuffer.open(path) as buffer:
-            self._rows = dict(_moments(buffer))
+            self._moments = {name: dict(_moments(buffer, name, names)) for name in names}
         self._versions = {name: stored_versions(self._folder, name) for name in names}
         first = {name: ProbeSet.load(next(iter(paths.values()))) for name, paths in self._versions.items()}
         super().__init__(first[""] if list(first) == [""] else first)
@@ -65,13 +65,13 @@ class _OfRun(Data):
 
     def at(self, step: int) -> tuple[int, int] | None:
         """Turn to the versions of the last row up to this step."""
-        before = [known for known in self._rows if known <= step]
-        fingerprints = self._rows[max(before)][2] if before else frozenset[int]()
-        for name, paths in self._versions.items():
-            for data in fingerprints & paths.keys():
-                if self._known[name].fingerprint != data:
-                    self._known[name].take_over(ProbeSet.load(paths[data]))
-        return self._rows[step][:2] if step in self._rows else None
+        for name, moments in self._moments.items():
+            known = max((moment for moment in moments if moment <= step), default=None)
+            data = None if known is None else moments[known][2]
+            if data in self._versions[name] and data != self._known[name].fingerprint:
+                self._known[name].take_over(ProbeSet.load(self._versions[name][data]))
+        live = (moments[step] for moments in self._moments.values() if step in moments)
+        return next(((frames, epoch) for frames, epoch, _ in live), None)
 
 
 def data_of(given: Any) -> Data:
@@ -99,13 +99,10 @@ def _probe_set(given: Any) -> ProbeSet:
     return given
 
 
-def _moments(buffer: ArtifactBuffer) -> Iterator[tuple[int, tuple[int, int, frozenset[int]]]]:
-    """Yield each step with its frames, its epoch and the fingerprints of what was measured on then."""
-    seen: dict[int, set[int]] = {}
-    when: dict[int, tuple[int, int]] = {}
+def _moments(buffer: ArtifactBuffer, source: str, sources: list[str]) -> Iterator[tuple[int, tuple[int, int, int]]]:
+    """Yield each step that has a row of a source, with its frames, its epoch and the fingerprint of the data."""
     for name in buffer:
-        meta = {key: buffer[name].series(("meta", key)).tolist() for key in ("step", "frames", "epoch", "data")}
-        for step, frames, epoch, data in zip(*meta.values(), strict=True):
-            seen.setdefault(step, set()).add(data)
-            when[step] = (frames, epoch)
-    return ((step, (*when[step], frozenset(seen[step]))) for step in sorted(seen))
+        of = max((one for one in sources if name.endswith(f".{one}" if one else "")), key=len, default=None)
+        if of == source:
+            meta = [buffer[name].series(("meta", key)).tolist() for key in ("step", "frames", "epoch", "data")]
+            yield from ((step, (frames, epoch, data)) for step, frames, epoch, data in zip(*meta, strict=True))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ __all__ = ["Checkpoint", "Loading", "Which", "is_torchrl", "read"]
 Which = Literal["live", "average"]
 
 _MANIFEST = "manifest.json"  # of a checkpoint of TorchRL
+_PICKLES = (".pickle", ".pkl")  # of TensorDict
 _PARTS = ("state_dict", "loss_module", "model_state_dict", "model", "module", "policy", "net")  # that hold weights
 _STEPS = ("global_step", "step", "iteration")
 _LIVE_BESIDE = "current_model_state"  # where Lightning's averages lie under state_dict, the live weights lie here
@@ -58,7 +59,7 @@ def read(path: Path, *, weights: Which = "live", part: str | None = None, allow_
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
         if is_torchrl(path):
-            found = _of_torchrl(path, part)
+            found = _of_torchrl(path, part, allow_pickle=allow_pickle)
         elif path.suffix == ".safetensors":
             found = _safetensors(path)
         else:
@@ -96,20 +97,19 @@ def is_torchrl(path: Path) -> bool:
         return _MANIFEST in archive.namelist()
 
 
+_PICKLE = "{} asks for more than weights, which a pickle may run as code; if you trust it, pass allow_pickle=True"
 _NO_AVERAGE = "{} holds no averaged weights; Lightning's WeightAveraging writes them"
 
 
 def _unpickled(path: Path, *, allow_pickle: bool) -> Any:
     whole = zipfile.is_zipfile(path)
-    if not whole and path.read_bytes()[:2] == b"PK":  # what torch writes is a zip file
-        raise CheckpointError(f"{path} is cut short")
+    with path.open("rb") as file:
+        if not whole and file.read(2) == b"PK":  # what torch writes is a zip file
+            raise CheckpointError(f"{path} is cut short")
     try:
         return torch.load(path, mmap=whole, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is a pickle that asks for more than weights; if you trust it, pass allow_pickle=True. "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        raise CheckpointError(f"{_PICKLE.format(path)}. {str(error).splitlines()[0]}") from error
 
 
 def _of_file(content: Any, path: Path, weights: Which, part: str | None) -> Checkpoint:
@@ -169,7 +169,7 @@ class _Caught:
         self.state = state
 
 
-def _of_torchrl(path: Path, part: str | None) -> Checkpoint:
+def _of_torchrl(path: Path, part: str | None, *, allow_pickle: bool) -> Checkpoint:
     from torchrl import checkpoint as torchrl
 
     stored = torchrl.Checkpoint.manifest(path)["components"]
@@ -179,11 +179,38 @@ def _of_torchrl(path: Path, part: str | None) -> Checkpoint:
         names = ", ".join(map(repr, known))
         raise CheckpointError(f"{path} holds {names}; say by part= which are the weights")
     beside = [name for name in known if name.startswith("trainer_module.") or name in ("trainer_state", "optimizer")]
+    if not allow_pickle and (pickles := _pickles(path, [stored[name]["path"] for name in (wanted, *beside)])):
+        raise CheckpointError(f"{_PICKLE.format(path)}. It holds {pickles[0]}")
     caught = {name: _Caught() for name in dict.fromkeys([wanted, *beside])}
-    torchrl.Checkpoint(**caught).load(path, components=list(caught), map_location="cpu")
+    kwargs = {"weights_only": not allow_pickle}
+    try:
+        torchrl.Checkpoint(**caught).load(path, components=list(caught), map_location="cpu", tensor_load_kwargs=kwargs)
+    except torchrl.CheckpointError as error:
+        if "Weights only load failed" in str(error):
+            raise CheckpointError(_PICKLE.format(path)) from error
+        raise
     others = [caught[name].state for name in beside]
     progress = caught["trainer_state"].state if "trainer_state" in caught else {}
     return Checkpoint(caught[wanted].state, *_of_trainer(progress, others))
+
+
+def _pickles(path: Path, folders: list[str]) -> list[str]:
+    """Name the pickles in folders of a checkpoint of TorchRL: TensorDict loads them wherever it finds them."""
+    if path.is_dir():
+        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        return _pickles_among(names, folders, lambda name: (path / name).open("rb"))
+    with zipfile.ZipFile(path) as archive:
+        return _pickles_among(archive.namelist(), folders, archive.open)
+
+
+def _pickles_among(names: list[str], folders: list[str], opened: Callable[[str], IO[bytes]]) -> list[str]:
+    inside = [name for name in names if any(name.startswith(f"{folder}/") for folder in folders)]
+    found = [name for name in inside if name.endswith(_PICKLES)]
+    for name in inside:
+        if name.endswith(".tdz"):
+            with opened(name) as file, zipfile.ZipFile(file) as archive:
+                found += [f"{name}/{part}" for part in archive.namelist() if part.endswith(_PICKLES)]
+    return found
 
 
 def _of_trainer(progress: Mapping[str, Any], parts: list[Any]) -> tuple[int | None, int | None]:

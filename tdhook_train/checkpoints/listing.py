@@ -81,10 +81,8 @@ def listed(
         step: a regular expression whose first group is the step in a path, or a function of the path; what the file
             says, else its name, if None.
         read: how.
-        failed: told of those that cannot be read.
-
-    Raises:
-        CheckpointError: two checkpoints of one step have different weights.
+        failed: told of those that cannot be read, and of those of a step that another one is of, with other weights;
+            where it does not raise, they are left out.
     """
     found: dict[int, Listed] = {}
     for path in paths:
@@ -95,10 +93,8 @@ def listed(
             failed(path, error)
             continue
         if (twin := found.setdefault(one.step, one)) is not one and not _same(content, read(twin.path)):
-            raise CheckpointError(
-                f"{twin.path} and {path} are both of step {one.step}, with different weights; leave one out, or say by "
-                "step= how to read the step from the name"
-            )
+            said = f"{twin.path} and {path} are both of step {one.step}, with different weights; leave one out, or say "
+            failed(path, CheckpointError(f"{said}by step= how to read the step from the name"))
     return [found[number] for number in sorted(found)]
 
 

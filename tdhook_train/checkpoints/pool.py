@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import pickle
+import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from itertools import islice
 from typing import Any
@@ -16,23 +19,25 @@ from tdhook_train.errors import SettingsError, WorkerError
 
 __all__ = ["worked"]
 
-_bench: Bench | None = None  # of this process, where it is one of several
+_sent: bytes = b""  # the plan, in a process that is one of several
+_bench: Bench | None = None  # likewise, once it has begun
 
 
-def worked(plan: Plan, blocks: Iterable[Block], workers: int) -> Iterator[Done]:
+def worked(plan: Plan, blocks: Iterable[Block], workers: int, bench: Bench | None = None) -> Generator[Done]:
     """Measure blocks of checkpoints.
 
     Args:
         plan: what is the same for all of them.
         blocks: in order.
         workers: processes; one is this one.
+        bench: made of the plan already, in this process.
 
     Raises:
         SettingsError: the plan cannot be sent to another process.
         WorkerError: a process ended.
     """
     if workers == 1:
-        bench = Bench(plan)
+        bench = bench or Bench(plan)
         for block in blocks:
             yield from bench.measure(block)
         return
@@ -44,13 +49,14 @@ def worked(plan: Plan, blocks: Iterable[Block], workers: int) -> Iterator[Done]:
         raise SettingsError(f"workers={workers} sends build, methods and data to processes: {error}") from error
     environment: dict[str, Any] = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads of torch that wait awake take others' cores
     pool = loky.ProcessPoolExecutor(workers, initializer=_begin, initargs=(sent, os.getcwd()), env=environment)
-    under_way: deque[Future[list[Done]]] = deque()
+    under_way: deque[Future[list[bytes]]] = deque()
     remaining = iter(blocks)
     try:
         under_way.extend(pool.submit(_measure, block) for block in islice(remaining, workers + 1))
         while under_way:
-            yield from under_way.popleft().result()
+            yield from map(pickle.loads, under_way.popleft().result())
             under_way.extend(pool.submit(_measure, block) for block in islice(remaining, 1))
+        pool.shutdown(wait=True)  # at their own pace, since they may hold semaphores
     except loky.process_executor.BrokenProcessPool as error:
         raise WorkerError(f"a process that measures checkpoints ended; what it said stands above. {error}") from error
     finally:
@@ -58,11 +64,15 @@ def worked(plan: Plan, blocks: Iterable[Block], workers: int) -> Iterator[Done]:
 
 
 def _begin(plan: bytes, folder: str) -> None:
-    global _bench
+    global _sent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C means the sweep, which ends this process
     os.chdir(folder)
-    _bench = Bench(cloudpickle.loads(plan))
+    _sent = plan  # what fails while it is unpacked is said as the error of a block, not as the end of a process
 
 
-def _measure(block: Block) -> list[Done]:
-    assert _bench is not None
-    return list(_bench.measure(block))
+def _measure(block: Block) -> list[bytes]:
+    global _bench
+    if _bench is None:
+        _bench = Bench(cloudpickle.loads(_sent))
+        gc.collect()  # what build() made beside the model, such as replay buffers and their semaphores
+    return [done.written() for done in _bench.measure(block)]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,15 @@ from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.checkpoints.data import Data, data_of
 from tdhook_train.checkpoints.formats import Loading, Which
 from tdhook_train.checkpoints.listing import Listed, Paths, StepOf, files, listed
+from tdhook_train.checkpoints.log import Log
 from tdhook_train.checkpoints.pool import worked
-from tdhook_train.checkpoints.work import Bench, Block, Done, Plan, content_of
-from tdhook_train.errors import CheckpointError, RunExistsError, SettingsError, WorkerError, did_you_mean
+from tdhook_train.checkpoints.work import Bench, Block, Plan, Task, content_of
+from tdhook_train.errors import CheckpointError, SettingsError, did_you_mean
 from tdhook_train.method import Method
 from tdhook_train.observer import ProbeSet
 from tdhook_train.observer.measure import rows_of
-from tdhook_train.observer.recorder import Recorder
 from tdhook_train.observer.sources import Source
+from tdhook_train.observer.subject import keys_beside
 from tdhook_train.observer.ticks import OnError
 from tdhook_train.schedule import Times
 
@@ -82,8 +82,9 @@ def sweep(  # noqa: PLR0913 - the one place where a user says everything
         on_error: a checkpoint that cannot be used (cut short, keys missing, other shapes) or a method that fails stops
             the sweep, warns, or is only noted in the run's events.
         allow_pickle: let checkpoints run whatever they ask for; without, only weights are read.
-        context: what every pass is made in, e.g. ``lambda: torch.autocast("cpu", torch.bfloat16)`` for what was trained
-            in mixed precision.
+        context: what every pass is made in: for what Lightning trained in another precision than ``"32-true"``, that of
+            such a trainer, ``Trainer(precision="bf16-mixed").precision_plugin.forward_context``; or a function like
+            ``lambda: torch.autocast("cpu", torch.bfloat16)``.
         overwrite: replace the run that the folder holds.
         progress: show a progress bar.
 
@@ -105,92 +106,83 @@ def sweep(  # noqa: PLR0913 - the one place where a user says everything
         raise SettingsError(f"workers={workers!r} is no number of processes")
     rows, paths, known = rows_of(methods), files(checkpoints), data_of(data)
     keys = {**known.keys, **{name: keys for name, keys in (("in_keys", in_keys), ("out_keys", out_keys)) if keys}}
+    drawn = {"seed": seed, "weights": weights, "part": part}
     with ExitStack() as stack:
         if isinstance(into, ArtifactBuffer):
             buffer = into
         else:
-            buffer = stack.enter_context(ArtifactBuffer(into, resume=_holds_run(into), overwrite=overwrite))
-        log = _Log(buffer, Recorder(buffer, rows, ()), on_error)
+            buffer = stack.enter_context(
+                ArtifactBuffer(into, resume=_holds_run(into) and not overwrite, overwrite=overwrite)
+            )
+        log = Log(buffer, rows, known.sources.names, drawn, on_error)
         initial = buffer.folder("initial") / "weights.pt"
         sources = _Sources(known, buffer)
         plan = Plan(build, rows, sources.by_content, initial, seed, keys, Loading(weights, part, allow_pickle), context)
-        todo = listed(paths, step, plan.loading.read, log.unusable)
-        tasks = [(one, *sources.at(one)) for one in todo]
-        left = log.left(todo)
-        if not initial.is_file():
-            _write_initial(plan, known, todo)
-        bar = stack.enter_context(tqdm(total=len(todo), initial=len(todo) - len(left), disable=not progress))
-        bar.set_description(f"sweeping {len(todo)} checkpoints")
-        for done in worked(plan, _blocks(tasks, left, workers), workers):
-            log.commit(done)
-            bar.update()
+        tasks = [sources.task(one) for one in listed(paths, step, plan.loading.read, log.unusable)]
+        bench = None if initial.is_file() else _with_initial(plan, known, tasks, log)
+        _measure(_Sweep(plan, tasks, log, workers), bench if workers == 1 else None, progress=progress)
     return buffer if isinstance(into, ArtifactBuffer) else ArtifactBuffer.open(into)
 
 
-@dataclass
-class _Log:
-    """Rows and notes of a sweep in its buffer.
+@dataclass(frozen=True)
+class _Sweep:
+    """What is measured, by how many processes, and where that is kept."""
 
-    Raises:
-        RunExistsError: the buffer holds rows that are of no sweep.
-    """
+    plan: Plan
+    tasks: Sequence[Task]
+    log: Log
+    workers: int
 
-    buffer: ArtifactBuffer
-    recorder: Recorder
-    on_error: OnError
+    def due(self) -> dict[int, frozenset[str]]:
+        """Return the rows that are due, by step."""
+        read = self.plan.loading.read
+        due = {
+            task.now.step: self.log.due(task.checkpoint, lambda path: content_of(read(path).state))
+            for task in self.tasks
+        }
+        return {step: rows for step, rows in due.items() if rows}
 
-    def __post_init__(self) -> None:
-        self._done: dict[int, str] = {note["step"]: note["content"] for note in self.buffer.events("checkpoint")}
-        held = {int(number) for name in self.buffer for number in self.buffer[name].steps}
-        if others := sorted(held - self._done.keys()):
-            begun = {note["step"] for note in self.buffer.events("sweep")}
-            if not begun:
-                raise RunExistsError(
-                    f"{self.buffer.path} holds rows of step {others[0]}, which no sweep made: sweep into another "
-                    "folder, or pass overwrite=True"
-                )
-            self.buffer.truncate(after_step=min(others) - 1)  # rows of a checkpoint that was not finished
-            self._done = {number: content for number, content in self._done.items() if number < min(others)}
-        self.buffer.note("sweep", step=0)
+    def stale(self) -> dict[int, frozenset[str]]:
+        """Return the rows of checkpoints before which others came since: they may compare with those."""
+        rows = frozenset(self.plan.methods)
+        return {task.now.step: rows for task in self.tasks if self.log.stale(task.now.step)}
 
-    def left(self, todo: Sequence[Listed]) -> list[Listed]:
-        """Return what is not done yet.
+    def blocks(self, due: Mapping[int, frozenset[str]]) -> Iterator[Block]:
+        """Cut what is due into blocks of checkpoints that follow one another, of which the same rows are due."""
+        tasks, workers, begin = self.tasks, self.workers, 0
+        most = max(1, min(_BLOCK, -(-len(due) // (4 * workers)))) if workers > 1 else len(tasks)
+        while begin < len(tasks):
+            rows, end = due.get(tasks[begin].now.step), begin + 1
+            while rows and end < len(tasks) and end - begin < most and due.get(tasks[end].now.step) == rows:
+                end += 1
+            if rows:
+                yield self._block(begin, end, rows)
+            begin = end
 
-        Raises:
-            RunExistsError: a checkpoint that was measured is another one now.
-        """
-        for one in todo:
-            if one.step in self._done and content_of(one.path) != self._done[one.step]:
-                raise RunExistsError(
-                    f"{self.buffer.path} holds rows of step {one.step} that were measured on another checkpoint than "
-                    f"{one.path} is now; sweep into another folder, or pass overwrite=True"
-                )
-        return [one for one in todo if one.step not in self._done]
+    def _block(self, begin: int, end: int, rows: frozenset[str]) -> Block:
+        tasks = self.tasks
+        known = next((i for i in range(begin, 0, -1) if self.log.has(tasks[i - 1].now.step, rows)), 0)
+        first = tasks[min(known, begin)].now.step
+        return Block(tasks[begin:end], rows, tasks[known:begin][::-1], self.log.last(first, rows))
 
-    def unusable(self, path: Path, error: Exception) -> None:
-        """Note a checkpoint that cannot be used."""
-        self._failed(str(path), "checkpoint", -1, error)
 
-    def commit(self, done: Done) -> None:
-        """Commit what was measured of a checkpoint, and note that it is done."""
-        for found in done.measurements:
-            for row in found.rows:
-                self.recorder.commit(row, found)
-        if done.measurements:
-            self.buffer.note("checkpoint", step=done.now.step, path=str(done.path), content=done.content)
-        for failure in done.failures:
-            error = failure.error or WorkerError(failure.message)
-            self._failed(str(done.path), failure.row, done.now.step, error)
+def _measure(sweep: _Sweep, bench: Bench | None, *, progress: bool) -> None:
+    with tqdm(total=len(sweep.tasks), disable=not progress) as bar:
+        bar.set_description(f"sweeping {bar.total} checkpoints")
+        due = sweep.due()
+        bar.update(bar.total - len(due))
+        _commit(sweep, due, bench, bar)
+        due = sweep.stale()
+        bar.total += len(due)
+        _commit(sweep, due, bench, bar)
 
-    def _failed(self, path: str, row: str, step: int, error: Exception) -> None:
-        self.buffer.note("error", step=step, row=row, path=path, error=f"{type(error).__name__}: {error}")
-        said = "" if isinstance(error, CheckpointError) else f"measuring {row!r} of {path} failed: "
-        if self.on_error == "raise":
-            if said:
-                error.add_note(f"while {row!r} of {path} was measured")
-            raise error
-        if self.on_error == "warn":
-            warnings.warn(f"{said}{error}", stacklevel=2)
+
+def _commit(sweep: _Sweep, due: Mapping[int, frozenset[str]], bench: Bench | None, bar: Any) -> None:
+    if due:
+        with closing(worked(sweep.plan, sweep.blocks(due), sweep.workers, bench)) as every:
+            for done in every:
+                sweep.log.commit(done)
+                bar.update()
 
 
 class _Sources:
@@ -207,41 +199,34 @@ class _Sources:
         self._folder = buffer.folder("probe_sets")
         known.sources.agree_with(buffer)
 
-    def at(self, one: Listed) -> tuple[Times, list[tuple[str, int]]]:
+    def task(self, one: Listed) -> Task:
         """Return the moment of a checkpoint, and what it is measured on."""
         live = self._known.at(one.step)
         frames, epoch = live or (one.frames or 0, one.epoch or 0)
         ready = list(self._known.sources.ready({}, self._folder, _never))
         self.by_content |= {(name, source.fingerprint): source for name, source in ready}
-        return Times(step=one.step, frames=frames, epoch=epoch), [(name, source.fingerprint) for name, source in ready]
+        now = Times(step=one.step, frames=frames, epoch=epoch)
+        return Task(one, now, [(name, source.fingerprint) for name, source in ready])
 
 
 def _never(why: str, detail: str) -> None:
     raise SettingsError(f"{detail} is {why}")
 
 
-def _write_initial(plan: Plan, known: Data, todo: Sequence[Listed]) -> None:
+def _with_initial(plan: Plan, known: Data, tasks: Sequence[Task], log: Log) -> Bench:
     """Keep the weights at initialisation: the run's, else those of step 0, else as ``build`` makes them."""
+    bench = Bench(plan)
     if known.initial is not None:
-        shutil.copyfile(known.initial, plan.initial)
-        return
-    first = todo[0].path if todo and todo[0].step == 0 else None
-    Bench(plan).write_initial(first)
-
-
-def _blocks(
-    tasks: Sequence[tuple[Listed, Times, list[tuple[str, int]]]], left: Sequence[Listed], workers: int
-) -> Iterator[Block]:
-    """Cut what is left into blocks that follow one another without a gap."""
-    most = max(1, min(_BLOCK, -(-len(left) // (4 * workers)))) if workers > 1 else len(tasks)
-    todo: list[tuple[Listed, Times, list[tuple[str, int]]]] = []
-    for i, task in enumerate(tasks):
-        if task[0] in left:
-            todo.append(task)
-        if todo and (len(todo) == most or task[0] not in left or i + 1 == len(tasks)):
-            begin = i + (task[0] in left) - len(todo)
-            yield Block(tasks[begin - 1] if begin else None, todo)
-            todo = []
+        for stored in (known.initial, keys_beside(known.initial)):
+            if stored.is_file():
+                shutil.copyfile(stored, plan.initial.with_name(stored.name))
+        return bench
+    try:
+        bench.write_initial(tasks[0].checkpoint.path if tasks and tasks[0].now.step == 0 else None)
+    except CheckpointError as error:
+        log.unusable(tasks[0].checkpoint.path, error)
+        bench.write_initial(None)
+    return bench
 
 
 def _holds_run(into: str | os.PathLike[str]) -> bool:

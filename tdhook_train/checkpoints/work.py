@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from tensordict import TensorDict
+from torch import Tensor, nn
 
 from tdhook_train.checkpoints.fitting import fit
 from tdhook_train.checkpoints.formats import Loading
@@ -19,13 +19,14 @@ from tdhook_train.errors import CheckpointError
 from tdhook_train.observer.measure import Rows
 from tdhook_train.observer.numerics import Numerics
 from tdhook_train.observer.sources import Source
-from tdhook_train.observer.station import Station
+from tdhook_train.observer.station import OfData, Station
 from tdhook_train.observer.subject import Subject
 from tdhook_train.observer.worker import Outcome
+from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.schedule import Times
 from tdhook_train.undo import kept_randomness
 
-__all__ = ["Bench", "Block", "Done", "Plan", "content_of"]
+__all__ = ["Bench", "Block", "Done", "Plan", "Task", "content_of"]
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,34 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Task:
+    """A checkpoint, the moment it is of, and what it is measured on, by name and content hash."""
+
+    checkpoint: Listed
+    now: Times
+    on: Sequence[tuple[str, int]]
+
+
+@dataclass(frozen=True)
 class Block:
-    """Checkpoints that are measured one after another, and the one before them: rows may compare with it.
+    """Checkpoints that are measured one after another, and what comes before them: rows may compare with it.
 
     Args:
-        before: the one before the first; None where there is none.
-        todo: each with the moment it is of, and what it is measured on by name and content hash.
+        todo: in order.
+        rows: that are due.
+        before: the checkpoints before the first of these, the nearest first, as far as they have no rows yet.
+        last: rows of those before all that, by source.
     """
 
-    before: tuple[Listed, Times, Sequence[tuple[str, int]]] | None
-    todo: Sequence[tuple[Listed, Times, Sequence[tuple[str, int]]]]
+    todo: Sequence[Task]
+    rows: frozenset[str]
+    before: Sequence[Task] = ()
+    last: Mapping[str, OfData] = field(default_factory=dict)
 
 
 @dataclass
 class Done(Outcome):
-    """What became of a checkpoint, and the content hash of its file."""
+    """What became of a checkpoint, and the content hash of its weights."""
 
     path: Path = Path()
     content: str = ""
@@ -91,34 +105,48 @@ class Bench:
         if not isinstance(self._model, nn.Module):
             raise CheckpointError(f"build() gave a {type(self._model).__name__}, which is no module")
         self._subject: Subject | None = None
-        self._last: Path | None = None  # what the station's last rows are of
+        self._at: tuple[Path, frozenset[str]] | None = None  # what the station's last rows are of
         self._station = Station(plan.methods, plan.seed)
 
     def measure(self, block: Block) -> Iterator[Done]:
         """Measure checkpoints one after another; what a method or a file raises is noted in what became of it."""
-        if block.before is None:
-            self._station.go_back({})
-        elif block.before[0].path != self._last:
-            self._station.go_back({})
-            self._one(*block.before)
-        for checkpoint in block.todo:
-            yield self._one(*checkpoint)
+        if not block.before or (block.before[0].checkpoint.path, block.rows) != self._at:
+            self._go_to(block)
+        for task in block.todo:
+            self._at = None
+            done = self._one(task, block.rows)
+            if done.measurements and not done.failures:
+                self._at = task.checkpoint.path, block.rows
+            yield done
 
-    def _one(self, listed: Listed, now: Times, sources: Sequence[tuple[str, int]]) -> Done:
-        began, done = time.perf_counter(), Done(now, path=listed.path)
+    def _go_to(self, block: Block) -> None:
+        """Measure what comes before a block: of each row the nearest that can be."""
+        self._station.go_back(block.last)
+        missing = {name: set(block.rows) for name, _ in block.todo[0].on}
+        data = dict(block.todo[0].on)
+        for task in block.before:
+            on = [(name, of) for name, of in task.on if missing.get(name) and data[name] == of]
+            if not on:
+                return
+            done = self._one(replace(task, on=on), frozenset().union(*(missing[name] for name, _ in on)))
+            for found in done.measurements:
+                missing[found.source] -= {row.name for row in found.rows}
+
+    def _one(self, task: Task, rows: Collection[str]) -> Done:
+        listed, began = task.checkpoint, time.perf_counter()
+        done = Done(task.now, path=listed.path)
         try:
-            fit(self._model, self._plan.loading.read(listed.path).state, listed.path)
-            done.content = content_of(listed.path)
-            subject = self._subject = self._subject or self._begun()
+            state = self._plan.loading.read(listed.path).state
+            fit(self._model, state, listed.path)
+            done.content = content_of(state)
         except CheckpointError as error:
             done.failed("checkpoint", error)
             return done
+        subject = self._subject = self._subject or self._begun()
         with self._plan.context():
-            for name, data in sources:
+            for name, data in task.on:
                 on = (name, self._plan.sources[name, data])
-                measured = self._station.measure(subject, now, list(self._plan.methods), on, done.failed)
-                done.measurements.append(measured)
-        self._last = listed.path
+                done.measurements.append(self._station.measure(subject, task.now, rows, on, done.failed))
         done.seconds = time.perf_counter() - began
         return done
 
@@ -135,7 +163,11 @@ class Bench:
         return Subject(self._model, self._plan.keys.get("in_keys"), self._plan.keys.get("out_keys"))
 
     def write_initial(self, first: Path | None) -> None:
-        """Write the weights at initialisation: those of a checkpoint, or as they were built."""
+        """Write the weights at initialisation: those of a checkpoint, or as they were built.
+
+        Raises:
+            CheckpointError: that one cannot be used.
+        """
         if first is not None:
             fit(self._model, self._plan.loading.read(first).state, first)
         subject = self._observed()
@@ -143,10 +175,7 @@ class Bench:
         subject.save_initial(self._plan.initial)
 
 
-def content_of(path: Path) -> str:
-    """Hash the bytes of a file, or of every file of a folder."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "blake2b").digest())
-    return digest.hexdigest()
+def content_of(state: Mapping[str, Any]) -> str:
+    """Hash the weights of a checkpoint: what else lies in its file may differ, or be written anew."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return f"{fingerprint(TensorDict(tensors)) % 2**64:016x}"
