@@ -30,7 +30,7 @@ def engine() -> str:
     for module, name in _ENGINES.items():
         if importlib.util.find_spec(module) is not None:
             return name
-    raise MissingPackageError("writing NetCDF needs netCDF4, h5netcdf or scipy: pip install scipy")
+    raise MissingPackageError('writing NetCDF needs netCDF4, h5netcdf or scipy: pip install "tdhook-train[tables]"')
 
 
 def write_dataset(dataset: xr.Dataset, path: Path) -> Path:

@@ -26,7 +26,7 @@ EXTRAS = {
     "mujoco": ("gymnasium", "mujoco"),
     "lightning": ("lightning",),
     "plots": ("plotly", "matplotlib", "pandas"),
-    "tables": ("pandas", "xarray", "pyarrow"),
+    "tables": ("pandas", "xarray", "pyarrow", "scipy"),
 }
 _PROBE_BYTES = 1 << 16
 

@@ -164,7 +164,7 @@ def test_without_a_library_for_netcdf_the_install_line_is_given(cli, run, tmp_pa
     monkeypatch.setattr("tdhook_train.buffer.netcdf.importlib.util.find_spec", lambda _: None)
     done = cli("export", run, "--to", "netcdf", "--out", tmp_path)
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "pip install scipy" in done.err
+    assert 'pip install "tdhook-train[tables]"' in done.err
 
 
 def test_watch_once_shows_where_each_key_is(cli, run):
