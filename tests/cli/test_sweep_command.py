@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import process, record
+from small_runs import process, record
 
 from tdhook_train import ArtifactBuffer, ProbeSet
 
