@@ -25,6 +25,8 @@ __all__ = [
     "SettingsError",
     "TargetError",
     "TdhookTrainError",
+    "UserCodeError",
+    "WorkerError",
     "did_you_mean",
 ]
 
@@ -87,6 +89,10 @@ class CheckpointError(TdhookTrainError, ValueError):
 
 class WorkerError(TdhookTrainError, RuntimeError):
     """The process that measures in the background failed."""
+
+
+class UserCodeError(TdhookTrainError, RuntimeError):
+    """Somebody's own function, named on the command line, raised something."""
 
 
 class DamagedError(TdhookTrainError, ValueError):

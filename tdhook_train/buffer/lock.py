@@ -15,7 +15,7 @@ try:
 except ImportError:  # Windows: no such locks, so nothing is checked there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LOCK", "WriterLock"]
+__all__ = ["LOCK", "WriterLock", "lives", "writer_of"]
 
 LOCK = "writer.lock"
 _HELD: WeakSet[WriterLock] = WeakSet()
@@ -79,3 +79,40 @@ class WriterLock:
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             self.release()
+
+
+def writer_of(folder: Path) -> int | None:
+    """Return the process of this machine that writes a run, None if there is none; takes no lock to find out."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            inode, text = os.fstat(file.fileno()).st_ino, file.read(32).decode().strip()
+    except OSError:
+        return None
+    if not text.isdecimal() or not lives(int(text)):
+        return None
+    held = _locked(inode)
+    return int(text) if held is None or int(text) in held else None
+
+
+def lives(process: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _locked(inode: int) -> set[int] | None:
+    """Return which processes hold a lock of a file, None where the system does not say."""
+    try:
+        lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    if not lines:  # no lock of anybody: some systems list none
+        return None
+    # "1: FLOCK  ADVISORY  WRITE 4711 08:01:131090 0 EOF"; the device is another one on some file systems
+    held = [line.split() for line in lines if " FLOCK " in line and "->" not in line]
+    return {int(parts[4]) for parts in held if parts[5].rsplit(":", 1)[-1] == str(inode)}

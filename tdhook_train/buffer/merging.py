@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from tdhook_train.buffer import folder
 from tdhook_train.buffer.artifact import Artifact
-from tdhook_train.buffer.lock import WriterLock
+from tdhook_train.buffer.lock import WriterLock, lives
 from tdhook_train.buffer.manifest import Manifest
 from tdhook_train.buffer.schema import Schema
 from tdhook_train.errors import RunExistsError, SchemaError, SettingsError
@@ -93,18 +93,8 @@ def _sweep(into: Path) -> None:
     """Delete what processes that were killed left half-merged."""
     for left in into.parent.glob(f".{into.name}.*.partial"):
         process = left.name.split(".")[-2]
-        if process.isdecimal() and not _lives(int(process)):
+        if process.isdecimal() and not lives(int(process)):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def copy_rows(sources: Mapping[str, Run], merged: ArtifactBuffer, *, progress: bool) -> None:

@@ -15,8 +15,9 @@ from tdhook_train.latent.layer_probe import LayerProbe, null_place
 from tdhook_train.method import Parts, Seen
 from tdhook_train.ops.folds import circular_shifts
 from tdhook_train.ops.join import Labels, Measured
-from tdhook_train.ops.ridge import RidgeDesign, constant
+from tdhook_train.ops.ridge import RidgeDesign, coefficients, constant
 from tdhook_train.ops.targets import columns, named
+from tdhook_train.ops.units import padded
 
 __all__ = ["RidgeProbe"]
 
@@ -43,13 +44,15 @@ class RidgeProbe(LayerProbe):
             trajectories rows count as independent.
         alphas: penalties; the score is the best over them, for the data and for every shift alike.
         shifts: circular shifts behind the null; 39 give a one-sided test at 5 % (the null is the 38th of 39).
+        directions: also write what is read out, for :func:`tdhook_train.metrics.direction_cosine`, steering or erasure.
 
     Writes:
         ``r2`` [layer, target]: R², mean over folds, best penalty. ``r2_pooled``: R² of all held-out rows together, at
         that penalty. ``r2_path`` [layer, target, alpha]. ``alpha``: the best penalty. ``r2_observation``,
         ``r2_initial``, ``r2_null``: the baselines and the null, in the shape of ``r2``; a baseline is NaN where its
         features are not finite, more than 4,096, or not known. ``p``: share of shifts that score at least as much,
-        itself counted. ``reason``, ``null_reason``: why a NaN (see ``legend``).
+        itself counted. ``reason``, ``null_reason``: why a NaN (see ``legend``). With ``directions``, ``direction``
+        [layer, target, unit]: the weights of the fit to all rows at the best penalty; NaN beyond the layer's width.
 
     Source: Alain and Bengio 2016, arXiv:1610.01644; why a score needs a control: Hewitt and Liang 2019,
     arXiv:1909.03368.
@@ -57,6 +60,7 @@ class RidgeProbe(LayerProbe):
 
     alphas: tuple[float, ...] = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)
     shifts: int = 39
+    directions: bool = False
 
     writes: ClassVar[Mapping[str, str]] = {
         "r2_path": "layer target alpha",
@@ -64,6 +68,7 @@ class RidgeProbe(LayerProbe):
             ("r2", "r2_pooled", "alpha", "r2_observation", "r2_initial", "r2_null", "p", "reason", "null_reason"),
             "layer target",
         ),
+        "direction": "layer target unit",
     }
     shown: ClassVar[tuple[str, ...]] = ("r2", "r2_observation", "r2_initial", "r2_null")
     legend: ClassVar[Mapping[str, Mapping[int, str]]] = {
@@ -121,6 +126,9 @@ class RidgeProbe(LayerProbe):
             "reason": reason,
             "null_reason": null_reason,
         }
+        if self.directions:
+            fits = [coefficients(b, usable, alpha) for b, alpha in zip(design.solved, values["alpha"], strict=True)]
+            values["direction"] = padded(fits).mT
         return Measured(dict(values), {key: tuple(self.writes[key].split()) for key in values})
 
     def _null(self, seen: Seen, design: _Designs, y: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +168,7 @@ class _Designs:
         narrow = torch.tensor([block.shape[1] <= _MAX_WIDTH for block in blocks])
         self.reasons = torch.where(narrow, torch.where(finite, 0, 4), 5).to(torch.int8)
         solved = [b if not why else b.new_zeros(len(b), 1) for b, why in zip(blocks, self.reasons, strict=True)]
+        self.solved = solved
         batches: dict[int, list[int]] = {}
         for i, block in enumerate(solved):
             batches.setdefault(max(64, 1 << (block.shape[1] - 1).bit_length()), []).append(i)

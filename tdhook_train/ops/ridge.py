@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["RidgeDesign", "constant"]
+__all__ = ["RidgeDesign", "coefficients", "constant"]
 
 _CACHED = 1 << 18  # numbers worked on at a time: what stays in a core's cache, measured fastest
 
@@ -155,6 +155,23 @@ class RidgeDesign:
             slopes = (weights.flatten(2, 3) @ gram).view_as(weights).sub_(test[:, :, None], alpha=2)
             errors.append(slopes.mul_(weights).sum(-1))
         return torch.cat(errors, 2).movedim(2, 0) + moments.test[some, None]
+
+
+def coefficients(x: Tensor, y: Tensor, alphas: Tensor) -> Tensor:
+    """Fit every target to all rows, each at its own penalty.
+
+    Args:
+        x: features, ``[n, width]``.
+        y: targets, ``[n, target]``, float64.
+        alphas: ``[target]``; NaN gives NaN.
+
+    Returns:
+        Weights, ``[width, target]``, float64, on the CPU.
+    """
+    x = x.double() - x.double().mean(0)
+    values, vectors = torch.linalg.eigh(x.mT @ x)
+    along = vectors.mT @ (x.mT @ (y - y.mean(0)))
+    return (vectors @ (along / (values.clamp(min=0)[:, None] + alphas.to(x)))).cpu()
 
 
 def constant(y: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from method_env import Answering
 from tensordict import TensorDict
 from torch import nn
 
-from tdhook_train import Method, attribution, health, latent
+from tdhook_train import Method, attribution, health, latent, weights
 from tdhook_train.attribution import IntegratedGradients, Saliency
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
 from tdhook_train.latent import (
@@ -23,8 +23,9 @@ from tdhook_train.latent import (
     SteeringVectors,
 )
 from tdhook_train.rl import AblatedReturn
+from tdhook_train.weights import WeightDistance
 
-PUBLIC = [getattr(family, name) for family in (attribution, health, latent) for name in family.__all__]
+PUBLIC = [getattr(family, name) for family in (attribution, health, latent, weights) for name in family.__all__]
 PUBLIC += [AblatedReturn]  # outside the families, since it needs TorchRL
 
 
@@ -100,7 +101,7 @@ CASES = (
     ),
     Case(
         RidgeProbe,
-        {"layers": ("0", "1"), "target": {"x": ("input", 0), "y": "y"}, "folds": 3, "shifts": 19},
+        {"layers": ("0", "1"), "target": {"x": ("input", 0), "y": "y"}, "folds": 3, "shifts": 19, "directions": True},
         {"alphas": (1.0, 10.0)},
         {"folds": [1], "alphas": [(), (0.0,), (-1.0,)], "shifts": [-1], "target": [(0,)]},
         frozenset(RidgeProbe.writes),
@@ -149,6 +150,18 @@ CASES = (
         frozenset(
             [f"{what}_{to}" for what in ("cka", "reason") for to in ("initial", "previous", "layers")]
             + ["few_rows", "inputs", ("activation", "0"), ("activation", "1")]
+        ),
+    ),
+    Case(
+        WeightDistance,
+        {"layers": ("0", "2"), "to": ("initial", "previous")},
+        {"to": "initial"},
+        {"to": ["before", ()]},
+        frozenset(
+            (
+                *(f"{what}_{to}" for what in ("l2", "relative", "cosine") for to in ("initial", "previous")),
+                *("norm", ("parameters", "0"), ("parameters", "2")),
+            )
         ),
     ),
     Case(EffectiveRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(EffectiveRank.writes)),

@@ -1,0 +1,239 @@
+"""Each step of a training compared with the others: representations, directions, attributions, decisions.
+
+Functions of an artifact, as ``ArtifactBuffer.open(run)["name"]`` gives it. Of several rows of one step the last
+counts. Steps that were measured on different data are not compared: NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from tdhook_train.buffer.tables import package
+from tdhook_train.errors import KeyMissingError, MissingPackageError, SettingsError, did_you_mean
+from tdhook_train.ops.cka import Representations, thinned
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from tdhook_train.buffer import Artifact
+
+__all__ = ["attribution_stability", "churn", "direction_cosine", "layer_similarity"]
+
+Key = str | tuple[str, ...]
+_ACTIVATION = "activation"
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One key, a row a step."""
+
+    steps: list[int]
+    data: Tensor  # fingerprint of what was measured on
+    values: Tensor
+    dims: tuple[str, ...]  # without the network's name
+
+    @property
+    def same(self) -> Tensor:
+        """Which steps were measured on the same data: ``[step, step]``."""
+        return self.data[:, None] == self.data
+
+    @property
+    def kept(self) -> Tensor:
+        """Which neighbours were: ``[step - 1]``."""
+        return self.data[1:] == self.data[:-1]
+
+    def neighbours(self, needed: int = 2) -> None:
+        """Refuse fewer rows than can be compared."""
+        if len(self.steps) < needed:
+            raise SettingsError(f"a comparison over steps needs {needed} steps, got {len(self.steps)}")
+
+
+def layer_similarity(artifact: Artifact, *, rows: int = 2048) -> xr.DataArray:
+    """Compare what each layer gave out at each step with what it gave out at each other step.
+
+    Debiased centred kernel alignment of linear kernels, as of :class:`~tdhook_train.latent.Cka`; NaN for a layer whose
+    values are constant, not finite, or have fewer than 4 rows. Of an image, channels and positions alike are units.
+
+    Args:
+        artifact: of an :class:`~tdhook_train.latent.ActivationCache`.
+        rows: of each activation, spread evenly where there are more.
+
+    Returns:
+        ``[layer, step, other]``.
+
+    Raises:
+        KeyMissingError: the artifact holds no activations.
+        SettingsError: it holds the rows of several runs.
+
+    Source: Kornblith et al. 2019, arXiv:1905.00414; debiased: Nguyen et al. 2021, arXiv:2010.15327.
+    """
+    keys = [key for key in artifact.schema.columns if _ACTIVATION in key[:-1]]
+    if not keys:
+        raise KeyMissingError(f"layer_similarity needs activations, as ActivationCache keeps them; {_there(artifact)}")
+    found, labels = [], []
+    for key in keys:
+        read = _read(artifact, key)
+        value = read.values.flatten(2) if read.values.ndim > 2 else read.values[..., None]
+        kept = [thinned(one, rows) for one in value]
+        similarity, _ = Representations(kept, [value.shape[1]] * len(kept)).among()
+        found.append(torch.where(read.same, similarity, torch.nan))
+        labels.append(".".join(part for part in key if part != _ACTIVATION))
+    return _by_steps(torch.stack(found), ("layer",), {"layer": labels}, read.steps, "cka")
+
+
+def direction_cosine(artifact: Artifact, key: Key = "direction") -> xr.DataArray:
+    """Compare the directions of probes between steps: the cosine of the angle.
+
+    Directions live in the coordinates of their layer: a layer that turns turns them, with nothing else changed.
+
+    Args:
+        artifact: of a ``RidgeProbe(directions=True)``.
+        key: what holds the directions, along its last dimension; NaN beyond the width of a layer.
+
+    Returns:
+        ``[layer, target, step, other]``; NaN where a direction is 0 or was not fitted.
+
+    Raises:
+        KeyMissingError: the artifact holds no directions.
+    """
+    read = _read(artifact, key)
+    values = read.values.double().nan_to_num(0.0).movedim(0, -2)  # [..., step, unit]
+    length = torch.linalg.vector_norm(values, dim=-1)
+    units = values / torch.where(length > 0, length, torch.nan)[..., None]
+    cosine = torch.where(read.same, units @ units.mT, torch.nan)
+    names = read.dims[:-1]
+    labels = {dim: artifact.coords[own] for dim, own in zip(names, artifact.dims(key), strict=False)}
+    return _by_steps(cosine, names, labels, read.steps, "cosine")
+
+
+def attribution_stability(artifact: Artifact, key: Key, *, top: int = 10) -> xr.Dataset:
+    """Say how alike attributions are at neighbouring steps, for each sample, and average over samples.
+
+    ``spearman``: rank correlation of the magnitudes. ``cosine``: of the attributions with their signs. ``jaccard``: of
+    the ``top`` features of largest magnitude, less what as many features drawn at random would share on average. A
+    sample whose attributions are all 0 or all of one size has no ranking, and is left out of that mean.
+
+    Args:
+        artifact: of an attribution method.
+        key: of attributions, e.g. ``("attr", "observation")``; all dimensions but samples and targets are features.
+        top: how many features; at most as many as there are, of which all have 0.
+
+    Returns:
+        ``[step, target]`` of each; a step is compared with the one before.
+
+    Raises:
+        MissingPackageError: scipy is not installed.
+    """
+    try:
+        from scipy.stats import rankdata
+    except ImportError:
+        raise MissingPackageError('scipy is not installed: pip install "tdhook-train[tables]"') from None
+    if top < 1:
+        raise SettingsError(f"attribution_stability needs top of 1 or more, got {top}")
+    read = _read(artifact, key)
+    read.neighbours()
+    outer = [i for i, dim in enumerate(read.dims, 1) if dim in ("batch", "target")]
+    if not outer or read.dims[0] != "batch":
+        raise SettingsError(f"{key!r} has dimensions {read.dims}, expected samples, targets and features")
+    values = read.values.double().flatten(1 + len(outer))  # [step, batch, (target,) feature]
+    features, sizes = values.shape[-1], values.abs()
+    ranks = torch.as_tensor(rankdata(sizes.numpy(), axis=-1))
+    top = min(top, features)
+    chosen = torch.zeros_like(sizes).scatter(-1, sizes.argsort(stable=True, dim=-1, descending=True)[..., :top], 1.0)
+    shared = (chosen[1:] * chosen[:-1]).sum(-1)
+    ranked = sizes.amax(-1) > sizes.amin(-1)
+    of_samples = {
+        "spearman": _cosine(ranks - ranks.mean(-1, keepdim=True)),
+        "cosine": _cosine(values),
+        "jaccard": torch.where(
+            ranked[1:] & ranked[:-1], shared / (2 * top - shared) - _jaccard_by_chance(features, top), torch.nan
+        ),
+    }
+    names = ("step", *(("target",) if len(outer) > 1 else ()))
+    means = {name: _where(read.kept, value.nanmean(1)) for name, value in of_samples.items()}
+    labels = {"target": artifact.coords[artifact.dims(key)[1]]} if len(outer) > 1 else {}
+    return _dataset(means, names, {"step": read.steps[1:], **labels})
+
+
+def churn(artifact: Artifact, key: Key, *, outputs: Literal["logits", "values"] = "logits") -> xr.Dataset:
+    """Say how much the decisions on the same samples change from one step to the next.
+
+    ``moved``: mean absolute change of the outputs. Of logits also ``changed``: share of samples whose largest one is
+    another, and ``kl``: KL(before ‖ after) of the softmax, mean over samples, in nats.
+
+    Args:
+        artifact: of an :class:`~tdhook_train.latent.ActivationCache` of the last layer, say.
+        key: what holds the outputs ``[batch, …, class]``, e.g. ``("activation", "head")``.
+        outputs: whether the last dimension holds logits of classes (or actions), or values.
+
+    Returns:
+        ``[step]`` of each; a step is compared with the one before.
+
+    Source: Schaul et al. 2022, arXiv:2206.00730, "The phenomenon of policy churn".
+    """
+    if outputs not in ("logits", "values"):
+        raise SettingsError(f"outputs={outputs!r} is neither 'logits' nor 'values'")
+    read = _read(artifact, key)
+    read.neighbours()
+    values = read.values.double()
+    before, after = values[:-1], values[1:]
+    found = {"moved": (after - before).abs().flatten(1).mean(1)}
+    if outputs == "logits":
+        p, q = before.log_softmax(-1), after.log_softmax(-1)
+        found["changed"] = (before.argmax(-1) != after.argmax(-1)).double().flatten(1).mean(1)
+        found["kl"] = (p.exp() * (p - q)).sum(-1).flatten(1).mean(1)
+    found = {name: _where(read.kept, value) for name, value in found.items()}
+    return _dataset(found, ("step",), {"step": read.steps[1:]})
+
+
+def _read(artifact: Artifact, key: Key) -> _Rows:
+    if artifact.runs:
+        raise SettingsError("a comparison over steps is of one run; open the runs that were merged one by one")
+    dims = tuple(dim.rsplit(".", 1)[-1] for dim in artifact.dims(key))  # refuses a key that is not there
+    rows = artifact.between(keys=[key, ("meta", "step"), ("meta", "data")])
+    steps = rows["meta", "step"]
+    last = torch.cat([steps[1:] != steps[:-1], torch.ones(1, dtype=torch.bool)])[-len(steps) :]
+    rows = rows[last] if len(steps) else rows
+    return _Rows(rows["meta", "step"].tolist(), rows["meta", "data"], rows[_known(artifact, key)], dims)
+
+
+def _known(artifact: Artifact, key: Key) -> tuple[str, ...]:
+    """Return a key in full, where it was given with dots."""
+    whole = (key,) if isinstance(key, str) else tuple(key)
+    return next((one for one in artifact.schema.columns if one == whole or ".".join(one) == key), whole)
+
+
+def _there(artifact: Artifact) -> str:
+    keys = (".".join(key) for key in artifact.schema.columns if key[0] != "meta")
+    return did_you_mean("", keys).removeprefix("; ")
+
+
+def _cosine(values: Tensor) -> Tensor:
+    """Return the cosine of neighbours along the first dimension, over the last; NaN where one is 0."""
+    length = torch.linalg.vector_norm(values, dim=-1)
+    scale = length[1:] * length[:-1]
+    return torch.where(scale > 0, (values[1:] * values[:-1]).sum(-1) / scale, torch.nan)
+
+
+def _jaccard_by_chance(n: int, k: int) -> float:
+    """Return the mean Jaccard index of two sets of k of n, each drawn at random: ``Σ P(j) j / (2k - j)``."""
+    shares = (comb(k, j) * comb(n - k, k - j) / comb(n, k) * j / (2 * k - j) for j in range(k + 1))
+    return sum(shares)
+
+
+def _where(kept: Tensor, value: Tensor) -> Tensor:
+    return torch.where(kept.view(-1, *[1] * (value.ndim - 1)), value, torch.nan)
+
+
+def _by_steps(value: Tensor, names: tuple[str, ...], labels: dict[str, Any], steps: list[int], name: str) -> Any:
+    coords = {**labels, "step": steps, "other": steps}
+    return package("xarray").DataArray(value.numpy(), coords, (*names, "step", "other"), name=name)
+
+
+def _dataset(values: dict[str, Tensor], names: tuple[str, ...], coords: dict[str, Any]) -> Any:
+    return package("xarray").Dataset({name: (names, value.numpy()) for name, value in values.items()}, coords)
