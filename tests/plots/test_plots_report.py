@@ -56,12 +56,12 @@ def test_the_page_parses_and_loads_nothing(report):
     source = report.read_text(encoding="utf-8")
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)\s*=", source)
     assert "@import" not in source[: source.index("<script>")]
-    assert source.count("Plotly.newPlot(") >= 10
+    assert source.count('<div class="plot"') >= 10
 
 
 def test_no_button_sends_a_figure_to_a_server(report):
     source = report.read_text(encoding="utf-8")
-    assert source.count('"modeBarButtons": [["toImage", "resetScale2d"]]') == source.count("Plotly.newPlot(")
+    assert source.count('"modeBarButtons": [["toImage", "resetScale2d"]]') == source.count("settings.config)") == 1
     assert '"plotlyServerURL": "http' not in source
 
 
