@@ -44,7 +44,9 @@ def page(title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> I
     yield f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     yield f"<style>\n{_asset('report.css')}</style>\n<noscript><style>\n{_asset('no_script.css')}</style></noscript>\n"
-    yield f"</head>\n<body>\n<header>\n<h1>{escape(title)}</h1>\n"
+    yield f"<script>{get_plotlyjs()}</script>\n"
+    yield f'<script type="application/json" id="settings">{_inert(json.dumps(_SETTINGS))}</script>\n'
+    yield f"<script>\n{_asset('report.js')}</script>\n</head>\n<body>\n<header>\n<h1>{escape(title)}</h1>\n"
     yield "<dl>" + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items())
     yield "</dl>\n<noscript><p>JavaScript is off: pictures are not drawn, their numbers stand in tables.</p></noscript>"
     yield "\n</header>\n"
@@ -52,9 +54,7 @@ def page(title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> I
     yield "<main>\n"
     for number, section in enumerate(sections):
         yield from _section(section, f"s{number}")
-    yield f"</main>\n<script>{get_plotlyjs()}</script>\n"
-    yield f'<script type="application/json" id="settings">{_inert(json.dumps(_SETTINGS))}</script>\n'
-    yield f"<script>\n{_asset('report.js')}</script>\n</body>\n</html>\n"
+    yield "</main>\n</body>\n</html>\n"
 
 
 def _asset(name: str) -> str:
@@ -104,6 +104,7 @@ def _figure(picture: Picture, drawn: go.Figure, name: str) -> Iterator[str]:
     yield f'<div class="plot" id="{name}" data-figure="{name}d" style="height:{height}px"></div>\n'
     text = json.dumps({**wide, "narrow": narrow}, separators=(",", ":"))
     yield f'<script type="application/json" id="{name}d">{_inert(text)}</script>\n'
+    yield f'<script>report("{name}")</script>\n'  # the first are drawn while the rest is still being read
 
 
 def _plain(figure: go.Figure) -> dict[str, Any]:

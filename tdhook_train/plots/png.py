@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -69,7 +70,9 @@ def write(runs: Runs, path: Path, *, training: Mapping[str, pd.DataFrame], title
         figure.text(0.085, 0.03, "No probe was recorded.", fontsize=BODY, color=INK)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a dollar in a label is a dollar
-    figure.savefig(path, dpi=_DPI)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ ", UserWarning)  # a box stands where no font has the sign
+        figure.savefig(path, dpi=_DPI)
 
 
 def main_targets(known: Sequence[str]) -> list[str]:

@@ -69,8 +69,8 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 
 
 
 def plain(text: str) -> str:
-    """Return a label as plotly shows it literally: it reads tags such as ``<b>`` otherwise."""
-    return escape(text, quote=False)
+    """Return a label as plotly shows it literally: it reads tags and, in dollars, formulas otherwise."""
+    return escape(text, quote=False).replace("$", "&#36;")
 
 
 def short(text: str, most: int = 30) -> str:

@@ -1,8 +1,9 @@
 // Figures are drawn as they come into sight, in the colours that the reader's system asks for; all of them before print.
-(function () {
+var report = (function () {
   'use strict';
   var settings = JSON.parse(document.getElementById('settings').textContent);
-  var plots = Array.prototype.slice.call(document.querySelectorAll('.plot'));
+  var plots = [];
+  var waiting = [];
   var dark = matchMedia('(prefers-color-scheme: dark)');
   var printed = matchMedia('print');
   var scale = 'log';
@@ -38,6 +39,20 @@
     layout[parts[0]][parts[1]] = value;
   }
 
+  function slim(layout) {
+    layout.margin.l = 4;
+    layout.margin.r = 4;
+    layout.legend.font = { size: 10 };
+    var bar = layout.coloraxis && layout.coloraxis.colorbar;
+    if (bar) {
+      bar.thickness = 8;
+      bar.title.font = { size: 10 };
+      bar.tickfont = { size: 9 };
+      bar.lenmode = 'pixels';
+      bar.len = 240;
+    }
+  }
+
   function draw(plot) {
     var isDark = dark.matches && !printing;
     var width = printing ? PAGE : plot.clientWidth;
@@ -47,6 +62,7 @@
     var switches = layout.meta && layout.meta[scale];
     Object.keys(switches || {}).forEach(function (path) { put(layout, path, switches[path]); });
     layout.template = settings.template;
+    if (width < NARROW) { slim(layout); }
     if (isDark) {
       data = recoloured(data);
       layout = recoloured(layout);
@@ -71,22 +87,41 @@
     plots.forEach(function (plot) { if (printing || plot.dataset.looks) { draw(plot); } });
   }
 
+  // one a frame, so that the first is seen before the second is drawn
+  function next() {
+    var plot = waiting[0];
+    if (!plot.dataset.looks) { draw(plot); }
+    setTimeout(function () {
+      waiting.shift();
+      if (waiting.length) { requestAnimationFrame(next); }
+    }, 0);
+  }
+
   var sight = new IntersectionObserver(function (entries) {
     entries.forEach(function (entry) {
       if (entry.isIntersecting && !entry.target.dataset.looks) {
         sight.unobserve(entry.target);
-        draw(entry.target);
+        waiting.push(entry.target);
+        if (waiting.length === 1) { requestAnimationFrame(next); }
       }
     });
   }, { rootMargin: '300px' });
-  plots.forEach(function (plot) { sight.observe(plot); });
 
   dark.addEventListener('change', again);
   addEventListener('resize', again);
   addEventListener('beforeprint', function () { print(true); });
   addEventListener('afterprint', function () { print(false); });
   printed.addEventListener('change', function (event) { print(event.matches); });
-  document.querySelectorAll('input[name=scale]').forEach(function (input) {
-    input.addEventListener('change', function () { scale = input.value; again(); });
+  document.addEventListener('change', function (event) {
+    if (event.target.name === 'scale') {
+      scale = event.target.value;
+      again();
+    }
   });
+
+  return function (id) {
+    var plot = document.getElementById(id);
+    plots.push(plot);
+    sight.observe(plot);
+  };
 })();
