@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 
     from tdhook_train.buffer import Artifact, ArtifactBuffer
 
-__all__ = ["Onset", "first_onsets", "onset_table"]
+__all__ = ["Onset", "main_onsets", "onset_table"]
 
 
 @dataclass(frozen=True)
 class Onset:
-    """The first layer from which a target could be read.
+    """When a target came to be known in the layer where its score rose most.
+
+    The earliest onset of any layer would say little: some layer gains a trifle at the first ticks already.
 
     Args:
         target: what was learned.
-        layer: where first.
+        layer: where.
         step: half of the way, in optimizer steps.
     """
 
@@ -37,7 +39,8 @@ class Onset:
 def onset_table(artifact: Artifact, key: str) -> pd.DataFrame | None:
     """Return the onset of every layer and target; None where this installation cannot find any.
 
-    The columns that are read: ``layer``, ``target``, ``onset_half``, ``low``, ``high``, ``reason``.
+    The columns that are read: ``layer``, ``target``, ``onset_half``, ``start``, ``plateau``, ``low``, ``high`` and
+    ``reason``.
     """
     if find_spec("tdhook_train.emergence") is None:
         return None
@@ -45,15 +48,16 @@ def onset_table(artifact: Artifact, key: str) -> pd.DataFrame | None:
     return table
 
 
-def first_onsets(buffer: ArtifactBuffer) -> list[Onset]:
-    """Return the earliest onset of each target over all layers; targets without any are left out."""
-    found: dict[str, Onset] = {}
+def main_onsets(buffer: ArtifactBuffer) -> list[Onset]:
+    """Return the onset of each target in the layer where it rose most; targets without any are left out."""
+    found: dict[str, tuple[float, Onset]] = {}
     for artifact in all_holding(buffer, "r2").values():
         table = onset_table(artifact, "r2")
         if table is None:
             continue
-        for layer, target, step in zip(table["layer"], table["target"], table["onset_half"], strict=True):
-            earliest = found.get(str(target))
-            if np.isfinite(step) and (earliest is None or step < earliest.step):
-                found[str(target)] = Onset(str(target), str(layer), float(step))
-    return list(found.values())
+        rises = table["plateau"] - table["start"]
+        for layer, target, step, rise in zip(table["layer"], table["target"], table["onset_half"], rises, strict=True):
+            most = found.get(str(target))
+            if np.isfinite(step) and (most is None or rise > most[0]):
+                found[str(target)] = (float(rise), Onset(str(target), str(layer), float(step)))
+    return [onset for _, onset in found.values()]

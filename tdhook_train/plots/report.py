@@ -12,7 +12,7 @@ from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.errors import SettingsError
 from tdhook_train.plots import png, provenance
 from tdhook_train.plots.one_run import by_run
-from tdhook_train.plots.onsets import first_onsets
+from tdhook_train.plots.onsets import main_onsets
 from tdhook_train.plots.page import page
 from tdhook_train.plots.sections import ablation, attribution, cost, health, patching, probe, saliency, similarity
 from tdhook_train.plots.sections import training as curve
@@ -123,7 +123,7 @@ def _header(runs: Mapping[str, ArtifactBuffer]) -> dict[str, str]:
 def _sections(buffer: ArtifactBuffer, training: pd.DataFrame | None, facts: Mapping[str, object]) -> list[Section]:
     noted = marks(buffer)
     found = [
-        curve.section(training, noted, first_onsets(buffer)),
+        curve.section(training, noted, main_onsets(buffer)),
         probe.section(buffer, noted),
         attribution.section(buffer, noted),
         saliency.section(buffer),

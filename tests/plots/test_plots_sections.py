@@ -123,6 +123,8 @@ def test_onsets_stand_on_the_return_curve_and_in_a_table(run, monkeypatch):
             "layer": ["a", "b", "a"],
             "target": ["value", "value", "action"],
             "onset_half": [300.0, 200.0, np.nan],
+            "start": [0.1, 0.1, 0.1],
+            "plateau": [0.3, 0.9, 1.0],
             "low": [1.0, 2.0, np.nan],
             "high": [400.0, 300.0, np.nan],
             "reason": ["", "", "never <beats> its null"],
@@ -130,7 +132,7 @@ def test_onsets_stand_on_the_return_curve_and_in_a_table(run, monkeypatch):
     )
     monkeypatch.setattr(onsets, "onset_table", lambda artifact, key: table)
     monkeypatch.setattr(probe, "onset_table", lambda artifact, key: table)
-    found = onsets.first_onsets(run)
+    found = onsets.main_onsets(run)
     assert found == [onsets.Onset("value", "b", 200.0)]
     training = pd.DataFrame({"frames": [0, 1000], "step": [0, 400], "return": [0.0, 10.0]})
     drawn = curve.section(training, (), found).pictures[0].chart.panels[0].lines[-1]

@@ -8,9 +8,9 @@ from matplotlib.image import imread
 from tdhook_train.buffer import ArtifactBuffer
 from tdhook_train.errors import SettingsError
 from tdhook_train.plots import write_report
-from tdhook_train.plots.panels import Line, LinePanel
+from tdhook_train.plots.panels import HeatPanel, Line, LinePanel
 from tdhook_train.plots.sections import cost, probe
-from tdhook_train.plots.several import line_panels_together, together
+from tdhook_train.plots.several import heat_panels_together, line_panels_together, together
 
 STEPS = [0, 4, 100]
 
@@ -35,6 +35,15 @@ def test_maps_of_three_runs_are_their_mean_and_grey_where_most_are(seeds):
     np.testing.assert_array_equal(panel.hidden, ((r2 <= null).sum(0) >= 2).T)
     assert "Mean over 3 runs" in picture.note
     assert "mean null" in panel.hover
+
+
+def test_a_cell_is_grey_where_it_is_in_most_runs():
+    grey = [[[True, True, False]], [[True, False, False]], [[True, True, False]]]
+    panels = {
+        n: [HeatPanel("", np.arange(3), ["0"], np.ones((1, 3)), grey=np.array(own))] for n, own in enumerate(grey)
+    }
+    (panel,) = heat_panels_together(panels)
+    np.testing.assert_array_equal(panel.hidden, [[True, True, False]])
 
 
 def test_costs_of_two_runs_stand_side_by_side(seeds):

@@ -63,7 +63,7 @@ def section(training: pd.DataFrame | None, marks: Sequence[Mark], onsets: Sequen
         "The pictures below count optimizer steps, not frames."
     )
     if known:
-        caption += " A diamond stands where a target could first be read, half of the way, from any layer."
+        caption += " A diamond stands where a target was half learned, in the layer where its score rose most."
     at = frames_at(training, [mark.step for mark in marks])
     chart = LineChart([replace(whole, lines=(*whole.lines, *known))], marks=marks, at=at)
     return Section(title, (Picture("Return over training", caption, chart),))
@@ -74,7 +74,7 @@ def _onset_lines(training: pd.DataFrame, curve: Line, onsets: Sequence[Onset]) -
     places = frames_at(training, [onset.step for onset in onsets])
     return [
         Line(
-            name=f"“{onset.target}” can be read",
+            name=f"“{onset.target}” half learned",
             x=np.array([frames]),
             y=np.interp([frames], np.asarray(curve.x, dtype=np.float64), curve.y),
             color=PALETTE[number % len(PALETTE)],
