@@ -11,10 +11,10 @@ ENV = InvertedDoublePendulum-v5
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all peers bench lint clean
+.PHONY: help demo test test-all test-browser peers bench lint clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.stamp ## train PPO with observers attached; prints the path of its report (FRAMES, ENV, SEED, OUT)
 	@$(BIN)/tdhook-train demo --frames $(FRAMES) --env $(ENV) --seed $(SEED) --out "$(OUT)" --overwrite
@@ -24,6 +24,14 @@ test: lint ## linters, then the tests that take seconds
 
 test-all: lint ## linters, then every test, slow ones too
 	$(BIN)/pytest -m ''
+
+test-browser: .venv/.stamp ## the report in a headless Chromium, Debian's package, installed where that is allowed
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || \
+	    echo "No chromium here, and none could be installed: the tests will be skipped."
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check "playwright>=1.50" || \
+	    echo "playwright could not be installed: the tests will be skipped."
+	$(BIN)/pytest -m browser -rs
 
 peers: .venv-peers/.stamp ## the tests that compare with other libraries, those of peers.txt
 	.venv-peers/bin/python -m pytest tests/hooks tests/methods -k 'peers or captum'

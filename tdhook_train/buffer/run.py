@@ -44,6 +44,18 @@ class Run:
         """How often the run was reopened for writing."""
         return self._manifest.attempt
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where the run comes from: its ``run`` (a name no other has), when ``created``, ``attempt``, ``versions``."""
+        self.follow()
+        manifest = self._manifest
+        return {
+            "run": manifest.run,
+            "created": manifest.created,
+            "attempt": manifest.attempt,
+            "versions": dict(manifest.versions),
+        }
+
     def follow(self) -> None:
         """Take in which artifacts another process has begun since."""
         if self._mode == "a" or (seen := folder.signature(self.path)) in (None, self._seen):

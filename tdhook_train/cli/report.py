@@ -37,7 +37,7 @@ def report(
     with ExitStack() as stack:
         buffers = [stack.enter_context(opened(run)) for run in runs]
         if len(buffers) > 1:
-            path = write_report(dict(zip(labels_of(runs), buffers, strict=True)), into)  # type: ignore[arg-type]
+            path = write_report(dict(zip(labels_of(runs), buffers, strict=True)), into)
         else:
             path = write_report(buffers[0], into)
             with suppress(KeyMissingError):  # a run without a probe has no scores

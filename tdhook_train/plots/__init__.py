@@ -1,4 +1,4 @@
-"""Pictures of one training run, by shape of data, and the report that gathers them.
+"""Pictures of training runs, by shape of data, and the report that gathers them.
 
 plotly and matplotlib are imported here and nowhere else in the library.
 """
@@ -14,10 +14,23 @@ except ImportError as error:
         f'tdhook_train.plots needs {error.name}, which is not installed: pip install "tdhook-train[plots]"'
     ) from error
 
+from tdhook_train.plots.by_key import heat, lines
 from tdhook_train.plots.heat_map import heat_map
-from tdhook_train.plots.lines import lines
+from tdhook_train.plots.line_chart import line_chart
 from tdhook_train.plots.panels import HeatPanel, Line, LinePanel, Mark
 from tdhook_train.plots.report import write_report
 from tdhook_train.plots.tables import final_scores, score_table
 
-__all__ = ["HeatPanel", "Line", "LinePanel", "Mark", "final_scores", "heat_map", "lines", "score_table", "write_report"]
+__all__ = [
+    "HeatPanel",
+    "Line",
+    "LinePanel",
+    "Mark",
+    "final_scores",
+    "heat",
+    "heat_map",
+    "line_chart",
+    "lines",
+    "score_table",
+    "write_report",
+]

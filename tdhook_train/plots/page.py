@@ -1,88 +1,69 @@
-"""The HTML page around the figures: one file that needs no network."""
+"""The HTML page around the figures: one file that needs no network, and can be read without JavaScript."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from importlib.resources import files
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from tdhook_train.plots.sections.section import Picture, Section
+from tdhook_train.plots.numbers import listings
+from tdhook_train.plots.sections.section import Listing, Picture, Section
+from tdhook_train.plots.style import DARK, TEMPLATE
 
 __all__ = ["page"]
 
-_CSS = """
-:root { color-scheme: light; }
-body { margin: 0 auto; padding: 1.5rem 1.5rem 5rem; max-width: 1180px; color: #1f2933; background: #fff;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .75rem; }
-h2 { font-size: 1.35rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 1px solid #d9dce0; }
-h3 { font-size: 1.05rem; margin: 2rem 0 .25rem; }
-p { max-width: 76ch; margin: .25rem 0 .5rem; }
-figure { margin: 0; }
-figcaption, .missing { color: #52606d; font-size: .92rem; max-width: 88ch; }
-.missing { font-style: italic; }
-dl { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; margin: 0 0 1rem; }
-dt { color: #52606d; font-size: .8rem; }
-dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-details { margin: .5rem 0; }
-summary { cursor: pointer; }
-pre { background: #f5f7fa; padding: .75rem 1rem; overflow: auto; max-height: 24rem; font-size: .82rem; }
-nav { position: sticky; top: 0; z-index: 2; background: #fffffff0; padding: .5rem 0; font-size: .9rem;
-  display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; border-bottom: 1px solid #d9dce0; }
-nav a { color: #0072b2; text-decoration: none; }
-nav span { margin-left: auto; white-space: nowrap; }
-.scroll { overflow-x: auto; }
-.scroll > div { min-width: 720px; }
-@media print { nav { display: none; } figure { break-inside: avoid; } }
-"""
-
-# every figure over steps carries the settings of both scales in layout.meta
-_SWITCH = """
-document.querySelectorAll('input[name=scale]').forEach(function (input) {
-  input.addEventListener('change', function () {
-    document.querySelectorAll('.plotly-graph-div').forEach(function (figure) {
-      var scales = figure.layout && figure.layout.meta;
-      if (scales && scales[input.value]) { Plotly.relayout(figure, scales[input.value]); }
-    });
-  });
-});
-"""
-# the buttons left out include one that would send the figure to a server
-_CONFIG = {
-    "displaylogo": False,
-    "responsive": True,
-    "modeBarButtons": [["toImage", "resetScale2d"]],
-    "plotlyServerURL": "",
+# Nothing but what stands in the page itself, whatever a name in it says.
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+_SETTINGS: dict[str, Any] = {
+    "dark": DARK,
+    "template": TEMPLATE,
+    # the buttons left out include one that would send the figure to a server
+    "config": {
+        "displaylogo": False,
+        "responsive": True,
+        "modeBarButtons": [["toImage", "resetScale2d"]],
+        "plotlyServerURL": "",
+    },
 }
 
 
-def page(
-    title: str, facts: Mapping[str, str], settings: Mapping[str, object], sections: Sequence[Section]
-) -> Iterator[str]:
+def page(title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> Iterator[str]:
     """Yield the page, piece by piece; every text in it is escaped.
 
     Args:
         title: heading of the page.
-        facts: what a reader wants to know of the run first, shown in one line.
-        settings: what was measured with, shown on demand as JSON.
+        facts: what a reader wants to know first, shown in one line.
         sections: what was found.
     """
     yield f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+    yield f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    yield f"<style>{_CSS}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n<body>\n"
-    yield f"<header>\n<h1>{escape(title)}</h1>\n"
+    yield f"<style>\n{_asset('report.css')}</style>\n<noscript><style>\n{_asset('no_script.css')}</style></noscript>\n"
+    yield f"<script>{get_plotlyjs()}</script>\n"
+    yield f'<script type="application/json" id="settings">{_inert(json.dumps(_SETTINGS))}</script>\n'
+    yield f"<script>\n{_asset('report.js')}</script>\n</head>\n<body>\n<header>\n<h1>{escape(title)}</h1>\n"
     yield "<dl>" + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items())
-    yield "</dl>\n"
-    text = json.dumps(settings, indent=2, ensure_ascii=False, default=str)
-    yield f"<details><summary>Settings of the methods</summary><pre>{escape(text)}</pre></details>\n</header>\n"
+    yield "</dl>\n<noscript><p>JavaScript is off: pictures are not drawn, their numbers stand in tables.</p></noscript>"
+    yield "\n</header>\n"
     yield from _navigation(sections)
     yield "<main>\n"
     for number, section in enumerate(sections):
-        yield from _section(section, number)
-    yield f"</main>\n<script>{_SWITCH}</script>\n</body>\n</html>\n"
+        yield from _section(section, f"s{number}")
+    yield "</main>\n</body>\n</html>\n"
+
+
+def _asset(name: str) -> str:
+    return files("tdhook_train.plots").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _inert(text: str) -> str:
+    """Return JSON that cannot end the script element it stands in."""
+    return text.replace("<", "\\u003c")
 
 
 def _navigation(sections: Sequence[Section]) -> Iterator[str]:
@@ -94,21 +75,63 @@ def _navigation(sections: Sequence[Section]) -> Iterator[str]:
     yield f"<nav>{''.join(links)}<span>step axis: {''.join(choices)}</span></nav>\n"
 
 
-def _section(section: Section, number: int) -> Iterator[str]:
-    yield f'<section id="s{number}">\n<h2>{escape(section.title)}</h2>\n'
+def _section(section: Section, name: str) -> Iterator[str]:
+    yield f'<section id="{name}">\n<h2>{escape(section.title)}</h2>\n'
     if section.missing:
         yield f'<p class="missing">{escape(section.missing)}</p>\n'
-    for picture in section.pictures:
-        yield from _picture(picture)
+    for number, picture in enumerate(section.pictures):
+        yield from _picture(picture, f"{name}p{number}")
     yield "</section>\n"
 
 
-def _picture(picture: Picture) -> Iterator[str]:
+def _picture(picture: Picture, name: str) -> Iterator[str]:
     yield f"<figure>\n<h3>{escape(picture.title)}</h3>\n"
     if picture.figure is not None:
-        yield f'<div class="scroll">{_figure(picture.figure)}</div>\n'
-    yield f"<figcaption>{escape(picture.caption)}</figcaption>\n</figure>\n"
+        yield from _figure(picture, picture.figure, name)
+    told = " ".join(part for part in (picture.note.strip(), picture.caption) if part)
+    yield f"<figcaption>{escape(told)}</figcaption>\n</figure>\n"
+    for listing in picture.listings:
+        yield _table(listing, words=True)
+    if picture.chart is not None:
+        inside = "".join(_table(listing, words=False) for listing in listings(picture.chart))
+        yield f'<details class="numbers"><summary>Numbers</summary>{inside}</details>\n' if inside else ""
 
 
-def _figure(figure: go.Figure) -> str:
-    return str(figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG))
+def _figure(picture: Picture, drawn: go.Figure, name: str) -> Iterator[str]:
+    wide = _plain(drawn)
+    narrow = _plain(picture.chart.figure(1))["layout"] if picture.chart is not None else None
+    height = int(wide["layout"]["height"])
+    yield f'<div class="plot" id="{name}" data-figure="{name}d" style="height:{height}px"></div>\n'
+    text = json.dumps({**wide, "narrow": narrow}, separators=(",", ":"))
+    yield f'<script type="application/json" id="{name}d">{_inert(text)}</script>\n'
+    yield f'<script>report("{name}")</script>\n'  # the first are drawn while the rest is still being read
+
+
+def _plain(figure: go.Figure) -> dict[str, Any]:
+    """Return a figure as plain values, without what the page has once: the template, and a name for each cell."""
+    given: dict[str, Any] = json.loads(figure.to_json())
+    given["layout"].pop("template", None)
+    for trace in given["data"]:
+        text = trace.get("text")
+        if trace["type"] == "heatmap" and text and all(len(set(row)) == 1 for row in text):
+            trace["meta"] = {"names": [row[0] for row in text], "columns": len(text[0])}
+            del trace["text"]
+    return given
+
+
+def _table(listing: Listing, *, words: bool) -> str:
+    """Return a table; one with a title in a block of its own that opens on demand."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in listing.header)
+    body = "\n".join(_row(row) for row in listing.rows)
+    kind = ' class="words"' if words else ""
+    table = f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    if not listing.title:
+        return table + "\n"
+    if not words:
+        return f"<h4>{escape(listing.title)}</h4>{table}\n"
+    return f"<details><summary>{escape(listing.title)}</summary>{table}</details>\n"
+
+
+def _row(row: Sequence[str]) -> str:
+    cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+    return f'<tr><th scope="row">{escape(row[0])}</th>{cells}</tr>'

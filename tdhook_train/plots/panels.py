@@ -45,6 +45,7 @@ class HeatPanel:
         dots: cells to be stippled, ``[rows, steps]``.
         below: label and values ``[steps]`` of one more row, drawn apart, under the others.
         hover: further numbers of each cell, by name, each ``[rows, steps]``.
+        columns: labels of the columns of a map that is not over training; ``steps`` then counts them.
     """
 
     title: str
@@ -56,6 +57,12 @@ class HeatPanel:
     dots: Mask | None = None
     below: tuple[str, Array] | None = None
     hover: Mapping[str, Array] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
+
+    @property
+    def labels(self) -> list[str]:
+        """Full row labels."""
+        return self.names or self.rows
 
     @property
     def under(self) -> tuple[float, float]:
@@ -112,6 +119,8 @@ class Line:
         style: solid, or dashed for a bound or a second network.
         weight: ``faint`` lines stand behind and have no legend entry.
         hover: further numbers of each point, by name.
+        low: lower end of an interval about each value; none where None.
+        high: the upper end.
     """
 
     name: str
@@ -121,6 +130,8 @@ class Line:
     style: Style = "solid"
     weight: Literal["normal", "faint", "markers"] = "normal"
     hover: Mapping[str, Array] = field(default_factory=dict)
+    low: Array | None = None
+    high: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)

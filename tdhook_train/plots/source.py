@@ -14,7 +14,7 @@ from tdhook_train.plots.panels import Array, Mark
 if TYPE_CHECKING:
     from tdhook_train.buffer import Artifact, ArtifactBuffer
 
-__all__ = ["Key", "Table", "columns", "holding", "marks", "read", "read_like", "recorded"]
+__all__ = ["Key", "Table", "all_holding", "columns", "holding", "marks", "read", "read_like", "recorded"]
 
 Key: TypeAlias = str | tuple[str, ...]
 
@@ -71,15 +71,18 @@ def recorded(buffer: ArtifactBuffer) -> Iterator[tuple[str, Artifact]]:
 
 def columns(artifact: Artifact) -> list[tuple[str, ...]]:
     """Return the keys of an artifact's own columns, without what describes a row."""
-    keys = artifact.last(1).keys(include_nested=True, leaves_only=True)
-    whole = [(key,) if isinstance(key, str) else tuple(key) for key in keys]
-    return [key for key in whole if key[0] != "meta"]
+    return [key for key in artifact.schema.columns if key[0] != "meta"]
 
 
 def holding(buffer: ArtifactBuffer, key: str) -> Artifact | None:
     """Return the first artifact with rows that has a column ``key`` over layers, whatever the run called it."""
-    known = (artifact for _, artifact in recorded(buffer) if (key,) in columns(artifact))
-    return next((artifact for artifact in known if "layer" in artifact.dims(key)), None)
+    return next(iter(all_holding(buffer, key).values()), None)
+
+
+def all_holding(buffer: ArtifactBuffer, key: str) -> dict[str, Artifact]:
+    """Return the artifacts with rows that have a column ``key`` over layers, by name."""
+    known = {name: artifact for name, artifact in recorded(buffer) if (key,) in columns(artifact)}
+    return {name: artifact for name, artifact in known.items() if "layer" in artifact.dims(key)}
 
 
 def read_like(artifact: Artifact, key: str, other: Table) -> Array:

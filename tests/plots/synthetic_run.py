@@ -164,3 +164,41 @@ def training_curve(batches=49, seed=0):
             "observer_seconds": (0.6 + 0.03 * seconds).numpy(),
         }
     )
+
+
+EVIL = [
+    "<script>window.evil = 1</script>",
+    "</style></script><img src=x onerror='window.evil=1'>",
+    "\"'`${window.evil=1}`",
+    "%{customdata[0]} <b>bold</b> &amp; $\\frac{1}{2}$",
+    "naïve 層 🙂 \u202eright to left\u202c \u2028",
+    "a very long name " * 18,
+]
+
+
+def fill_with(buffer, names, steps=(0, 1, 10)):
+    """Append rows of every kind whose layers, targets, features, artifacts' marks and reasons have such names."""
+    generator = torch.Generator().manual_seed(0)
+    both = ("layer", "target")
+    score = dict.fromkeys(("r2", "r2_null", "r2_initial", "r2_observation"), both)
+    coords = {"layer": names, "target": names}
+    legend = {"reason": {0: "scored", 1: names[0]}}
+    buffer.declare("probe", dims={**score, "reason": both}, coords=coords, legend=legend, settings={names[0]: names[1]})
+    buffer.declare(
+        "ig", dims={("attr", "x"): ("batch", "target", "feature")}, coords={"target": names, "feature": names}
+    )
+    buffer.declare("health", dims={"dead": ("layer",), "cka_initial": ("layer",)}, coords={"layer": names})
+    dims = {"cka_layers": ("layer", "other")}
+    buffer.declare("alike", dims=dims, coords={"layer": names, "other": names})
+    size = len(names)
+    for step in steps:
+        values = {key: torch.rand((size, size), generator=generator) for key in score}
+        reason = torch.ones((size, size), dtype=torch.int8)
+        buffer.append("probe", {**values, "reason": reason}, step=step)
+        buffer.append("ig", {("attr", "x"): torch.randn((3, size, size), generator=generator)}, step=step)
+        shares = {key: torch.rand(size, generator=generator) for key in ("dead", "cka_initial")}
+        buffer.append("health", shares, step=step)
+        buffer.append("alike", {"cka_layers": torch.rand((size, size), generator=generator)}, step=step)
+    for name in names:
+        buffer.note("mark", step=5, label=name)
+        buffer.note("error", step=5, row=name, error=name)

@@ -31,7 +31,7 @@ def played(empty):
 def test_drops_stand_over_layers_and_steps_on_the_same_colours(played):
     whole, unit, curves = (picture.figure for picture in ablation.section(played, ()).pictures)
     drop = played["returns"].series("drop").numpy()
-    np.testing.assert_array_equal(whole.data[-1].z, drop.T)
+    np.testing.assert_allclose(whole.data[-1].z, drop.T, rtol=1e-6)
     np.testing.assert_allclose(unit.data[-1].z, np.where(drop >= 0, drop * 0.5, drop * 0.1).T, atol=1e-6)
     assert unit.data[-1].z[1, -1] == pytest.approx(max(drop[-1, 1] * 0.5, drop[-1, 1] * 0.25))
     for figure in (whole, unit):

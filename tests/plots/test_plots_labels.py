@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tdhook_train.plots import final_scores, score_table
+from tdhook_train.plots.axes import spread
 from tdhook_train.plots.labels import by_network, network_name, short_layers, thin_out
-from tdhook_train.plots.png import main_targets, spread
+from tdhook_train.plots.png import main_targets
 from tdhook_train.plots.step_axis import count, edges, positions, ticks
 
 

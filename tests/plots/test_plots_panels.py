@@ -6,7 +6,7 @@ import synthetic_run as runs
 import torch
 
 from tdhook_train.errors import KeyMissingError
-from tdhook_train.plots import HeatPanel, final_scores, heat_map, lines
+from tdhook_train.plots import HeatPanel, final_scores, heat_map, line_chart
 from tdhook_train.plots.sections import attribution, health, patching, probe
 from tdhook_train.plots.sections.patching import largest
 
@@ -56,7 +56,7 @@ def test_grey_cells_reach_the_figure_and_hover_keeps_their_score(empty):
 def test_a_null_that_was_never_computed_greys_nothing_and_is_confessed(empty):
     buffer = scores(empty, np.full((3, 3, 1), 0.5), np.full((3, 3, 1), NAN))
     assert not any(panel.hidden.any() for panel in probe.panels(buffer, "action"))
-    assert "No null was computed" in probe.section(buffer, ()).pictures[0].caption
+    assert "No null was computed" in probe.section(buffer, ()).pictures[0].note
 
 
 def test_dots_lie_where_the_lead_over_the_initial_network_is_at_most_the_margin(empty):
@@ -150,7 +150,7 @@ def test_the_share_of_the_largest_unit_leaves_out_units_that_a_layer_does_not_ha
 def test_health_without_any_dead_unit_is_a_sentence(run):
     pictures = {picture.title: picture for picture in health.section(run, ()).pictures}
     assert pictures["Dead units"].figure is None
-    assert "None, in any layer at any tick" in pictures["Dead units"].caption
+    assert "None, in any layer at any tick" in pictures["Dead units"].note
     assert pictures["Dormant units (τ = 0.1)"].figure is not None
     rank = health.measures(run)[-1].share.values
     np.testing.assert_allclose(rank, run["health"].series("effective_rank_centred") / runs.WIDTH)
@@ -160,7 +160,7 @@ def test_nothing_to_draw_is_refused():
     with pytest.raises(KeyMissingError, match="no panel"):
         heat_map([], unit="R²")
     with pytest.raises(KeyMissingError, match="no panel"):
-        lines([])
+        line_chart([])
 
 
 def test_columns_of_another_schedule_are_matched_by_step(empty):
@@ -192,6 +192,6 @@ def test_cells_without_a_score_are_counted_with_their_reason(empty):
     empty.declare("probe", dims=dims, coords=coords, legend=legend)
     reason = torch.tensor([[0, 2], [0, 2]], dtype=torch.int8)
     empty.append("probe", {"r2": torch.tensor([[0.5, NAN], [0.5, NAN]]), "reason": reason}, step=0)
-    first, second = (picture.caption for picture in probe.section(empty, ()).pictures)
+    first, second = (picture.note for picture in probe.section(empty, ()).pictures)
     assert "Cells without" not in first
     assert "Cells without a score: the target is constant (2)." in second

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tdhook_train.plots.heat_map import heat_map
-from tdhook_train.plots.labels import by_network, network_name, short_layers
-from tdhook_train.plots.lines import lines
-from tdhook_train.plots.panels import Array, HeatPanel, Line, LinePanel, Mark
+from tdhook_train.plots.charts import HeatChart, LineChart
+from tdhook_train.plots.labels import by_network, network_name
+from tdhook_train.plots.panels import Array, Line, LinePanel, Mark
 from tdhook_train.plots.sections.patching import largest
 from tdhook_train.plots.sections.section import Picture, Section
-from tdhook_train.plots.source import Table, columns, holding, read
+from tdhook_train.plots.shapes import heat_panels
+from tdhook_train.plots.source import Table, all_holding, columns, read
 from tdhook_train.plots.style import INK, PALETTE
 
 if TYPE_CHECKING:
@@ -37,9 +38,16 @@ _LINES = "Mean return over the episodes played for the measurement, intact and w
 
 def section(buffer: ArtifactBuffer, marks: Sequence[Mark]) -> Section | None:
     """Show what return is lost without each layer, and without its most needed unit; None where it was not measured."""
-    artifact = holding(buffer, "return_ablated")
-    if artifact is None:
-        return None
+    found = all_holding(buffer, "return_ablated")
+    pictures = [
+        replace(picture, title=f"{picture.title} ({name})" if len(found) > 1 else picture.title)
+        for name, artifact in found.items()
+        for picture in _pictures(artifact, marks)
+    ]
+    return Section(_TITLE, tuple(pictures)) if pictures else None
+
+
+def _pictures(artifact: Artifact, marks: Sequence[Mark]) -> Iterator[Picture]:
     drop = read(artifact, "drop")
     ablated = np.nanmean(read(artifact, "return_ablated").values, -1)
     intact = ablated + drop.values
@@ -47,12 +55,11 @@ def section(buffer: ArtifactBuffer, marks: Sequence[Mark]) -> Section | None:
     if ("unit_drop",) in columns(artifact):
         shown.append(("Return lost without the most needed unit of a layer", _UNIT, _most(artifact), {}))
     end = max(float(np.nanmax(values, initial=0.0)) for _, _, values, _ in shown) or 1.0
-    pictures = [
-        Picture(title, text, heat_map(_panels(drop, values, hover), unit="return lost", limits=(0, end), marks=marks))
-        for title, text, values, hover in shown
-    ]
+    for title, text, values, hover in shown:
+        panels = heat_panels(replace(drop, values=values), hover)
+        yield Picture(title, text, HeatChart(panels, unit="return lost", limits=(0, end), marks=marks))
     curves = [_curves(drop, network, intact[:, at], ablated[:, at]) for network, at in _groups(drop).items()]
-    return Section(_TITLE, (*pictures, Picture("Return, intact and ablated", _LINES, lines(curves, marks=marks))))
+    yield Picture("Return, intact and ablated", _LINES, LineChart(curves, marks=marks))
 
 
 def _most(artifact: Artifact) -> Array:
@@ -62,16 +69,6 @@ def _most(artifact: Artifact) -> Array:
 
 def _groups(table: Table) -> dict[str, list[int]]:
     return by_network(table.labels["layer"])
-
-
-def _panels(drop: Table, values: Array, hover: dict[str, Array]) -> list[HeatPanel]:
-    shown = []
-    for network, chosen in _groups(drop).items():
-        names = [drop.labels["layer"][position] for position in chosen]
-        rows = short_layers(names, drop.layer_types(chosen))
-        own = {name: numbers[:, chosen].T for name, numbers in hover.items()}
-        shown.append(HeatPanel(network_name(network), drop.steps, rows, values[:, chosen].T, names, hover=own))
-    return shown
 
 
 def _curves(drop: Table, network: str, intact: Array, ablated: Array) -> LinePanel:

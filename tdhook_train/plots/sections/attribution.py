@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from tdhook_train.plots.charts import LineChart
 from tdhook_train.plots.labels import network_name
-from tdhook_train.plots.lines import lines
 from tdhook_train.plots.panels import Array, Line, LinePanel, Mark
 from tdhook_train.plots.sections.saliency import is_image
 from tdhook_train.plots.sections.section import Picture, Section
@@ -118,4 +118,4 @@ def section(buffer: ArtifactBuffer, marks: Sequence[Mark]) -> Section:
         f"the {len(PALETTE)} features that matter most are named, the others grey. The absolute value hides direction: "
         "a signed mean near zero (hover) with a tall line means that the feature pushes both ways."
     )
-    return Section(_TITLE, (Picture("Which input features move each output", caption, lines(shown, marks=marks)),))
+    return Section(_TITLE, (Picture("Which input features move each output", caption, LineChart(shown, marks=marks)),))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tdhook_train.plots.lines import lines
+from tdhook_train.plots.charts import LineChart
 from tdhook_train.plots.panels import Line, LinePanel, Mark
 from tdhook_train.plots.sections.section import Picture, Section
 from tdhook_train.plots.sections.training import frames_at
@@ -42,18 +42,18 @@ def _per_tick(buffer: ArtifactBuffer, marks: Sequence[Mark]) -> Picture:
         drawn.append(Line(name, steps, spent, color))
     total = sum(float(np.nansum(table.values)) for table in costs.values())
     caption = (
-        f"Milliseconds each method took at each tick, one on top of the other, its share of the pass that all read "
-        f"from included; {total:.2f} s over {len(steps)} ticks in all. The first tick also pays for what is done once, "
-        "such as baselines."
+        "Milliseconds each method took at each tick, one on top of the other, its share of the pass that all read "
+        "from included. The first tick also pays for what is done once, such as baselines."
     )
+    note = f"{total:.2f} s over {len(steps)} ticks in all."
     spent = np.sum([line.y for line in drawn], axis=0)
     usual, most = 1.5 * float(np.quantile(spent, 0.9)), float(spent.max())
     cut = most > 2 * usual > 0
     if cut:
-        caption += f" The dearest tick, at step {steps[spent.argmax()]:,}, took {most:.0f} ms and leaves the picture."
+        note += f" The dearest tick, at step {steps[spent.argmax()]:,}, took {most:.0f} ms and leaves the picture."
     limits = (0.0, usual) if cut else None
     panel = LinePanel("", "milliseconds per tick", tuple(drawn), kind="stacked", limits=limits)
-    return Picture("Time per tick and method", caption, lines([panel], marks=marks))
+    return Picture("Time per tick and method", caption, LineChart([panel], marks=marks), note)
 
 
 def _cycle(count: int) -> list[str]:
@@ -70,5 +70,5 @@ def _share(training: pd.DataFrame, marks: Sequence[Mark]) -> Picture:
         "share falls as training goes on; the last point is the price of the whole run."
     )
     panel = LinePanel("", "% of wall time so far", (line,), x="frames")
-    figure = lines([panel], marks=marks, at=frames_at(training, [mark.step for mark in marks]))
-    return Picture("Observers' share of wall time", caption, figure)
+    chart = LineChart([panel], marks=marks, at=frames_at(training, [mark.step for mark in marks]))
+    return Picture("Observers' share of wall time", caption, chart)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tdhook_train.plots.heat_map import ceiling, heat_map
-from tdhook_train.plots.labels import by_network, network_name, short_layers
-from tdhook_train.plots.panels import Array, HeatPanel, Line, LinePanel, Mark, Style
+from tdhook_train.plots.charts import HeatChart
+from tdhook_train.plots.heat_map import ceiling
+from tdhook_train.plots.labels import by_network, network_name
+from tdhook_train.plots.panels import Array, Line, LinePanel, Mark, Style
 from tdhook_train.plots.sections.section import Picture, Section
+from tdhook_train.plots.shapes import heat_panels
 from tdhook_train.plots.source import Table, holding, read
 from tdhook_train.plots.style import PALETTE
 
@@ -131,7 +133,7 @@ def section(buffer: ArtifactBuffer, marks: Sequence[Mark]) -> Section:
         return Section(
             _TITLE, missing="No health measure was recorded over layers (keys 'dormant', 'dead', 'effective_rank')."
         )
-    units = ceiling([panel for measure in found if not measure.hover for panel in _panels(measure)])
+    units = ceiling([panel for measure in found if not measure.hover for panel in heat_panels(measure.share)])
     return Section(_TITLE, tuple(_picture(measure, 1.0 if measure.hover else units, marks) for measure in found))
 
 
@@ -139,17 +141,6 @@ def _picture(measure: Measure, end: float, marks: Sequence[Mark]) -> Picture:
     table = measure.share
     if np.nanmax(table.values, initial=0.0) == 0.0:
         seen = "None, in any layer at any tick." if np.isfinite(table.values).any() else "Not measured."
-        return Picture(measure.title, f"{seen} {measure.caption}")
-    figure = heat_map(_panels(measure), unit=measure.short, limits=(0, end), marks=marks)
-    return Picture(measure.title, measure.caption, figure)
-
-
-def _panels(measure: Measure) -> list[HeatPanel]:
-    table, shown = measure.share, []
-    for network, chosen in _groups(table).items():
-        names = [table.labels["layer"][position] for position in chosen]
-        rows = short_layers(names, table.layer_types(chosen))
-        hover = {name: values[:, chosen].T for name, values in measure.hover.items()}
-        values = table.values[:, chosen].T
-        shown.append(HeatPanel(network_name(network), table.steps, rows, values, names, hover=hover))
-    return shown
+        return Picture(measure.title, measure.caption, note=seen)
+    panels = heat_panels(table, measure.hover)
+    return Picture(measure.title, measure.caption, HeatChart(panels, measure.short, (0, end), marks=marks))

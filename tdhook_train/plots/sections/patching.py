@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tdhook_train.plots.heat_map import ceiling, heat_map
+from tdhook_train.plots.charts import HeatChart, LineChart
+from tdhook_train.plots.heat_map import ceiling
 from tdhook_train.plots.labels import by_network, network_name, short_layers
-from tdhook_train.plots.lines import lines
 from tdhook_train.plots.panels import Array, HeatPanel, Line, LinePanel, Mark
 from tdhook_train.plots.sections.section import Picture, Section
 from tdhook_train.plots.source import Table, holding, read, read_like
@@ -96,8 +96,8 @@ def _share(found: Sequence[_Effects], marks: Sequence[Mark]) -> Picture:
         "chain the effect of a whole layer is the same at every layer, so this share is what tells layers apart. "
         "Grey: no effect to have a share of."
     )
-    figure = heat_map(shown, unit="largest unit ÷ layer", limits=(0, ceiling(shown)), marks=marks)
-    return Picture("How much of a layer's effect a single unit carries", caption, figure)
+    chart = HeatChart(shown, unit="largest unit ÷ layer", limits=(0, ceiling(shown)), marks=marks)
+    return Picture("How much of a layer's effect a single unit carries", caption, chart)
 
 
 def _size(found: Sequence[_Effects], marks: Sequence[Mark]) -> Picture:
@@ -115,7 +115,7 @@ def _size(found: Sequence[_Effects], marks: Sequence[Mark]) -> Picture:
         "beside the difference between the two states' outputs. In a plain chain of layers a whole layer carries "
         "everything, so its effect equals the dashed line by construction: only single units tell layers apart."
     )
-    return Picture("How far patching moves the outputs", caption, lines(shown, marks=marks))
+    return Picture("How far patching moves the outputs", caption, LineChart(shown, marks=marks))
 
 
 def _median(values: Array) -> Array:

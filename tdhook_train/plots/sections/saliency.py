@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tdhook_train.plots.images import images
+from tdhook_train.plots.charts import ImageChart
 from tdhook_train.plots.labels import network_name
 from tdhook_train.plots.panels import Array, ImagePanel
 from tdhook_train.plots.sections.section import Picture, Section
@@ -58,7 +58,7 @@ def _of_key(buffer: ArtifactBuffer, name: str, key: tuple[str, ...]) -> Iterator
     dims = [dim.rpartition(".")[2] for dim in artifact.dims(key)]
     # one tick at a time: the maps of a whole run may not fit into memory
     ticks = {int(step): _size(artifact.at(int(step))[key].double().numpy(), dims) for step in chosen}
-    mean = _mean_image(buffer, name, key[place + 1 :])
+    mean = _mean_image(buffer, name, key[place + 1 :], int(artifact.at(int(chosen[-1]))["meta", "data"]))
     own = next((dim for dim in artifact.dims(key) if dim.rpartition(".")[2] == "target"), "")
     targets = [str(label) for label in artifact.coords.get(own, [])] or [""]
     network = ".".join(key[:place])
@@ -78,11 +78,16 @@ def _size(values: Array, dims: list[str]) -> Array:
     return found if "target" in dims else found[None]
 
 
-def _mean_image(buffer: ArtifactBuffer, name: str, key: tuple[str, ...]) -> Array | None:
-    """Average the images of the probe set that a row was measured on; None where none is kept."""
-    for stem in (name.partition(".")[2], "probe_set"):
-        path = Path(buffer.path) / "probe_sets" / f"{stem}.pt"
-        if stem and path.is_file():
+def _mean_image(buffer: ArtifactBuffer, name: str, key: tuple[str, ...], data: int) -> Array | None:
+    """Average the images of the probe set that a row was measured on; None where none is kept.
+
+    Of a probe set that was refreshed, later versions lie under their content hash as well.
+    """
+    folder = Path(buffer.path) / "probe_sets"
+    for stem in filter(None, (name.partition(".")[2], "probe_set")):
+        version = folder / f"{stem}.{data % 2**64:016x}.pt"
+        path = version if version.is_file() else folder / f"{stem}.pt"
+        if path.is_file():
             found = torch.load(path, weights_only=True)["td"]
             for part in key:
                 found = found.get(part, {})
@@ -97,7 +102,8 @@ def section(buffer: ArtifactBuffer) -> Section | None:
         return None
     caption = (
         "Mean over the rows and channels of the absolute attribution to each pixel, at the first tick, the last and "
-        "some between, all on the same colours; before them the mean image, where the run keeps its probe set."
+        "some between, all on the same colours; before them the mean image that the last of them was measured on, "
+        "where the run keeps its probe set."
     )
-    pictures = [Picture(one.title, caption, images(one.panels, unit=f"units of {one.target}")) for one in shown]
+    pictures = [Picture(one.title, caption, ImageChart(one.panels, unit=f"units of {one.target}")) for one in shown]
     return Section(_TITLE, tuple(pictures))

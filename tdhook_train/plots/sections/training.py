@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tdhook_train.plots.lines import lines
+from tdhook_train.plots.charts import LineChart
+from tdhook_train.plots.onsets import Onset
 from tdhook_train.plots.panels import Line, LinePanel, Mark
 from tdhook_train.plots.sections.section import Picture, Section
 from tdhook_train.plots.style import FAINT, PALETTE
@@ -40,7 +42,7 @@ def window(batches: int) -> int:
     return 2 * (batches // 40) + 1
 
 
-def frames_at(training: pd.DataFrame, steps: Sequence[int]) -> list[float]:
+def frames_at(training: pd.DataFrame, steps: Sequence[float]) -> list[float]:
     """Return the environment frames at the given optimizer steps, interpolated between batches."""
     if not steps:
         return []
@@ -48,15 +50,36 @@ def frames_at(training: pd.DataFrame, steps: Sequence[int]) -> list[float]:
     return np.interp(steps, known["step"], known["frames"]).tolist() if len(known) else [float("nan")] * len(steps)
 
 
-def section(training: pd.DataFrame | None, marks: Sequence[Mark]) -> Section:
-    """Show the return over frames."""
+def section(training: pd.DataFrame | None, marks: Sequence[Mark], onsets: Sequence[Onset] = ()) -> Section:
+    """Show the return over frames, and on it when each target came to be known."""
     title = "What the agent earned"
     if training is None or training.get("return") is None or training["return"].notna().sum() == 0:
         return Section(title, missing="No training curve was given, or no episode ended during the run.")
-    figure = lines([panel(training)], marks=marks, at=frames_at(training, [mark.step for mark in marks]))
+    whole = panel(training)
+    known = _onset_lines(training, whole.lines[-1], onsets)
     caption = (
         "Undiscounted return of the episodes that ended in each batch, as the behaviour policy, noise included, "
         "earned it. A batch in which no episode ended has no point. "
         "The pictures below count optimizer steps, not frames."
     )
-    return Section(title, (Picture("Return over training", caption, figure),))
+    if known:
+        caption += " A diamond stands where a target was half learned, in the layer where its score rose most."
+    at = frames_at(training, [mark.step for mark in marks])
+    chart = LineChart([replace(whole, lines=(*whole.lines, *known))], marks=marks, at=at)
+    return Section(title, (Picture("Return over training", caption, chart),))
+
+
+def _onset_lines(training: pd.DataFrame, curve: Line, onsets: Sequence[Onset]) -> list[Line]:
+    """Return a line of one point for each onset, on the curve."""
+    places = frames_at(training, [onset.step for onset in onsets])
+    return [
+        Line(
+            name=f"“{onset.target}” half learned",
+            x=np.array([frames]),
+            y=np.interp([frames], np.asarray(curve.x, dtype=np.float64), curve.y),
+            color=PALETTE[number % len(PALETTE)],
+            weight="markers",
+            hover={"step": np.array([onset.step])},
+        )
+        for number, (onset, frames) in enumerate(zip(onsets, places, strict=True), 1)
+    ]
