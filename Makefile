@@ -29,7 +29,7 @@ test-browser: .venv/.stamp ## the report in a headless Chromium, Debian's packag
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	    apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || \
 	    echo "No chromium here, and none could be installed: the tests will be skipped."
-	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check "playwright>=1.50" || \
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt "playwright>=1.50" || \
 	    echo "playwright could not be installed: the tests will be skipped."
 	$(BIN)/pytest -m browser -rs
 

@@ -54,6 +54,9 @@ class Method(ABC):
     by_trajectory: ClassVar[bool] = False
     """Whether a result is wrong unless rows are told apart by trajectory, as in reinforcement learning."""
 
+    looks_back: ClassVar[bool] = True
+    """Whether a row may go by the one before, ``seen.previous``; where not, a sweep measures in any order."""
+
     def __post_init__(self) -> None:
         for name in ("layers", "networks"):  # lists are welcome, but settings compare and hash as tuples
             if isinstance(given := getattr(self, name, None), list):

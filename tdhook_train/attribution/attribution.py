@@ -40,6 +40,7 @@ class Attribution(Method):
     init_attr_targets: Callable[[TensorDictBase, TensorDictBase], TensorDictBase] | None = None
     rows: int | None = None
 
+    looks_back: ClassVar[bool] = False
     writes: ClassVar[Mapping[str, str]] = {"attr": "batch target *feature"}
 
     def __post_init__(self) -> None:

@@ -57,6 +57,8 @@ class Log:
         self.buffer = buffer
         self._methods, self._sources, self._on_error = methods, tuple(sources), on_error
         self._recorder = Recorder(buffer, methods, ())
+        back = [row for row in methods if any(method.looks_back for method in methods[row])]
+        self._look_back = frozenset(self._name_of(row)(source) for row in back for source in self._sources)
         self._marks = _marks(buffer)
         self._refuse_others(drawn)
         buffer.note("sweep", step=0, **drawn)
@@ -158,7 +160,7 @@ class Log:
         for row, found in rows:
             self._recorder.commit(row, found)
         if rows:
-            before = self._before(step) if mark.rows <= names else mark.before
+            before = self._before(step) if mark.rows & self._look_back <= names else mark.before
             self._marks[step] = self._note(done, mark.rows | names, before)
         for failure in done.failures:
             error = failure.error or WorkerError(failure.message)

@@ -8,7 +8,7 @@ import pickle
 import signal
 from collections import deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,8 @@ from tdhook_train.checkpoints.work import Bench, Block, Done, Plan
 from tdhook_train.errors import SettingsError, WorkerError
 
 __all__ = ["worked"]
+
+_AHEAD = 8  # blocks that may be done before one that comes before them, for each process
 
 _sent: bytes = b""  # the plan, in a process that is one of several
 _bench: Bench | None = None  # likewise, once it has begun
@@ -29,7 +31,7 @@ def worked(plan: Plan, blocks: Iterable[Block], workers: int, bench: Bench | Non
     Args:
         plan: what is the same for all of them.
         blocks: in order.
-        workers: processes; one is this one.
+        workers: processes, this one among them.
         bench: made of the plan already, in this process.
 
     Raises:
@@ -48,19 +50,36 @@ def worked(plan: Plan, blocks: Iterable[Block], workers: int, bench: Bench | Non
     except Exception as error:  # whatever pickling somebody's function raises
         raise SettingsError(f"workers={workers} sends build, methods and data to processes: {error}") from error
     environment: dict[str, Any] = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads of torch that wait awake take others' cores
-    pool = loky.ProcessPoolExecutor(workers, initializer=_begin, initargs=(sent, os.getcwd()), env=environment)
-    under_way: deque[Future[list[bytes]]] = deque()
-    remaining = iter(blocks)
+    pool = loky.ProcessPoolExecutor(workers - 1, initializer=_begin, initargs=(sent, os.getcwd()), env=environment)
     try:
-        under_way.extend(pool.submit(_measure, block) for block in islice(remaining, workers + 1))
-        while under_way:
-            yield from map(pickle.loads, under_way.popleft().result())
-            under_way.extend(pool.submit(_measure, block) for block in islice(remaining, 1))
+        yield from _shared(pool, blocks, workers - 1, bench or Bench(plan))
         pool.shutdown(wait=True)  # at their own pace, since they may hold semaphores
     except loky.process_executor.BrokenProcessPool as error:
         raise WorkerError(f"a process that measures checkpoints ended; what it said stands above. {error}") from error
     finally:
         pool.shutdown(wait=True, kill_workers=True)
+
+
+def _shared(pool: Executor, blocks: Iterable[Block], others: int, bench: Bench) -> Generator[Done]:
+    """Measure here as well as in the other processes, which take seconds to start."""
+    under_way: deque[Future[list[bytes]] | list[Done]] = deque()
+    remaining = iter(blocks)
+    while True:
+        if len(under_way) < _AHEAD * (others + 1) and (mine := next(remaining, None)):
+            waiting = sum(isinstance(one, Future) and not one.done() for one in under_way)
+            under_way.append(here := list[Done]())
+            under_way.extend(pool.submit(_measure, block) for block in islice(remaining, 2 * others - waiting))
+            here.extend(bench.measure(mine))
+        elif not under_way:
+            return
+        else:
+            yield from _found(under_way.popleft())
+        while under_way and (isinstance(under_way[0], list) or under_way[0].done()):
+            yield from _found(under_way.popleft())
+
+
+def _found(block: Future[list[bytes]] | list[Done]) -> Iterable[Done]:
+    return block if isinstance(block, list) else map(pickle.loads, block.result())
 
 
 def _begin(plan: bytes, folder: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from tdhook_train.schedule import Times
 __all__ = ["sweep"]
 
 _BLOCK = 16  # checkpoints in a row for one process: each block but the first measures one more, for what comes before
+_SHORT = 4  # where no row goes by the one before
 _ERRORS = ("raise", "warn", "skip")
 
 
@@ -144,13 +145,14 @@ class _Sweep:
 
     def stale(self) -> dict[int, frozenset[str]]:
         """Return the rows of checkpoints before which others came since: they may compare with those."""
-        rows = frozenset(self.plan.methods)
-        return {task.now.step: rows for task in self.tasks if self.log.stale(task.now.step)}
+        rows = self._looking_back(self.plan.methods)
+        return {task.now.step: rows for task in self.tasks if rows and self.log.stale(task.now.step)}
 
     def blocks(self, due: Mapping[int, frozenset[str]]) -> Iterator[Block]:
         """Cut what is due into blocks of checkpoints that follow one another, of which the same rows are due."""
         tasks, workers, begin = self.tasks, self.workers, 0
-        most = max(1, min(_BLOCK, -(-len(due) // (4 * workers)))) if workers > 1 else len(tasks)
+        longest = _BLOCK if self._looking_back(self.plan.methods) else _SHORT
+        most = max(1, min(longest, -(-len(due) // (4 * workers)))) if workers > 1 else len(tasks)
         while begin < len(tasks):
             rows, end = due.get(tasks[begin].now.step), begin + 1
             while rows and end < len(tasks) and end - begin < most and due.get(tasks[end].now.step) == rows:
@@ -161,9 +163,15 @@ class _Sweep:
 
     def _block(self, begin: int, end: int, rows: frozenset[str]) -> Block:
         tasks = self.tasks
+        if not self._looking_back(rows):
+            return Block(tasks[begin:end], rows)
         known = next((i for i in range(begin, 0, -1) if self.log.has(tasks[i - 1].now.step, rows)), 0)
         first = tasks[min(known, begin)].now.step
-        return Block(tasks[begin:end], rows, tasks[known:begin][::-1], self.log.last(first, rows))
+        return Block(tasks[begin:end], rows, tasks[known:begin][::-1], self.log.last(first, rows), looks_back=True)
+
+    def _looking_back(self, rows: Iterable[str]) -> frozenset[str]:
+        """Return those whose methods may go by the row before."""
+        return frozenset(row for row in rows if any(method.looks_back for method in self.plan.methods[row]))
 
 
 def _measure(sweep: _Sweep, bench: Bench | None, *, progress: bool) -> None:

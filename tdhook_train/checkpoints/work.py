@@ -74,12 +74,14 @@ class Block:
         rows: that are due.
         before: the checkpoints before the first of these, the nearest first, as far as they have no rows yet.
         last: rows of those before all that, by source.
+        looks_back: whether a row may go by the one before.
     """
 
     todo: Sequence[Task]
     rows: frozenset[str]
     before: Sequence[Task] = ()
     last: Mapping[str, OfData] = field(default_factory=dict)
+    looks_back: bool = False
 
 
 @dataclass
@@ -110,7 +112,7 @@ class Bench:
 
     def measure(self, block: Block) -> Iterator[Done]:
         """Measure checkpoints one after another; what a method or a file raises is noted in what became of it."""
-        if not block.before or (block.before[0].checkpoint.path, block.rows) != self._at:
+        if block.looks_back and (not block.before or (block.before[0].checkpoint.path, block.rows) != self._at):
             self._go_to(block)
         for task in block.todo:
             self._at = None

@@ -41,6 +41,7 @@ class DeadUnits(Method):
     layers: Selection = "**"
     min_std: float = 1e-3
 
+    looks_back: ClassVar[bool] = False
     writes: ClassVar[Mapping[str, str]] = {"dead": "layer", "dead_unit": "layer unit", "width": "layer"}
 
     def __post_init__(self) -> None:

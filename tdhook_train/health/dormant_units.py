@@ -39,6 +39,7 @@ class DormantUnits(Method):
     layers: Selection = "**"
     taus: tuple[float, ...] = (0.0, 0.025, 0.1)
 
+    looks_back: ClassVar[bool] = False
     writes: ClassVar[Mapping[str, str]] = {"dormant": "layer tau", "dormancy": "layer unit"}
 
     def __post_init__(self) -> None:

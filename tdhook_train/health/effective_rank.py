@@ -38,6 +38,7 @@ class EffectiveRank(Method):
 
     layers: Selection = "**"
 
+    looks_back: ClassVar[bool] = False
     writes: ClassVar[Mapping[str, str]] = {"effective_rank": "layer", "effective_rank_centred": "layer"}
 
     def taps(self, model: HookedModel) -> Sequence[str]:

@@ -34,6 +34,7 @@ class ActivationCache(Method):
     layers: Selection = "**"
     rows: int | None = None
 
+    looks_back: ClassVar[bool] = False
     writes: ClassVar[Mapping[str, str]] = {"activation": "batch *unit"}
 
     def __post_init__(self) -> None:

@@ -57,6 +57,7 @@ class ActivationPatching(Method):
     targets: Any = None
     pairs: int = 64
 
+    looks_back: ClassVar[bool] = False
     writes: ClassVar[Mapping[str, str]] = {
         "effect": "layer target",
         "normalised": "layer target",

@@ -36,6 +36,7 @@ class LayerProbe(Method):
     folds: int = 5
 
     by_trajectory: ClassVar[bool] = True
+    looks_back: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -78,6 +78,7 @@ class AblatedReturn(Method):
     max_steps: int = 1000
     exploration: Literal["deterministic", "random"] = "deterministic"
 
+    looks_back: ClassVar[bool] = False
     writes: ClassVar[Mapping[str, str]] = {
         "return_intact": "episode",
         "return_ablated": "layer episode",
