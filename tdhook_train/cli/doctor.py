@@ -21,12 +21,12 @@ EXAMPLES = (
     "tdhook-train doctor",
     "tdhook-train doctor /scratch/runs                  does that disk take runs?",
 )
-CORE = ("tdhook-train", "torch", "tensordict", "torchrl", "numpy")
+CORE = ("tdhook-train", "torch", "tensordict", "torchrl", "numpy", "scipy")
 EXTRAS = {
     "mujoco": ("gymnasium", "mujoco"),
     "lightning": ("lightning",),
     "plots": ("plotly", "matplotlib", "pandas"),
-    "tables": ("pandas", "xarray", "pyarrow", "scipy"),
+    "tables": ("pandas", "xarray", "pyarrow"),
 }
 _PROBE_BYTES = 1 << 16
 

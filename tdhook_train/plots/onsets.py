@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tdhook_train.emergence import emergence_table
 from tdhook_train.plots.source import all_holding
 
 if TYPE_CHECKING:
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from tdhook_train.buffer import Artifact, ArtifactBuffer
 
 __all__ = ["Onset", "main_onsets", "onset_table"]
+
+_TOO_FEW = 2  # ticks
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,8 @@ class Onset:
 
 
 def onset_table(artifact: Artifact, key: str) -> pd.DataFrame | None:
-    """Return the onset of every layer and target; None where this installation cannot find any.
-
-    The columns that are read: ``layer``, ``target``, ``onset_half``, ``start``, ``plateau``, ``low``, ``high`` and
-    ``reason``.
-    """
-    if find_spec("tdhook_train.emergence") is None:
-        return None
-    table: pd.DataFrame = import_module("tdhook_train.emergence").emergence_table(artifact, key)
-    return table
+    """Return the onset of every layer and target; None where there are too few ticks to speak of one."""
+    return emergence_table(artifact, key) if len(artifact.steps) > _TOO_FEW else None
 
 
 def main_onsets(buffer: ArtifactBuffer) -> list[Onset]:
