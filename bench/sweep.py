@@ -23,7 +23,7 @@ from tdhook_train.rl.demo import methods_for
 from tdhook_train.rl.ppo import Ppo, make_ppo
 
 ENVIRONMENT = "InvertedDoublePendulum-v5"
-ROUNDS = 5
+ROUNDS = 2
 
 
 def saved(folder: Path, checkpoints: int, frames: int) -> tuple[Ppo, ProbeSet]:

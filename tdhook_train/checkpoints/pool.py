@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import pickle
 import signal
+import sys
+import tempfile
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Executor, Future
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -21,7 +25,7 @@ __all__ = ["worked"]
 
 _AHEAD = 8  # blocks that may be done before one that comes before them, for each process
 
-_sent: bytes = b""  # the plan, in a process that is one of several
+_sent = Path()  # where the plan lies, in a process that is one of several
 _bench: Bench | None = None  # likewise, once it has begun
 
 
@@ -50,14 +54,19 @@ def worked(plan: Plan, blocks: Iterable[Block], workers: int, bench: Bench | Non
     except Exception as error:  # whatever pickling somebody's function raises
         raise SettingsError(f"workers={workers} sends build, methods and data to processes: {error}") from error
     environment: dict[str, Any] = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads of torch that wait awake take others' cores
-    pool = loky.ProcessPoolExecutor(workers - 1, initializer=_begin, initargs=(sent, os.getcwd()), env=environment)
-    try:
-        yield from _shared(pool, blocks, workers - 1, bench or Bench(plan))
-        pool.shutdown(wait=True)  # at their own pace, since they may hold semaphores
-    except loky.process_executor.BrokenProcessPool as error:
-        raise WorkerError(f"a process that measures checkpoints ended; what it said stands above. {error}") from error
-    finally:
-        pool.shutdown(wait=True, kill_workers=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "plan"  # through a pipe, this process would wait for the others to start
+        file.write_bytes(sent)
+        pool = loky.ProcessPoolExecutor(workers - 1, initializer=_begin, initargs=(file, os.getcwd()), env=environment)
+        try:
+            yield from _shared(pool, blocks, workers - 1, bench or Bench(plan))
+            pool.shutdown(wait=True)  # at their own pace, since they may hold semaphores
+        except loky.process_executor.BrokenProcessPool as error:
+            raise WorkerError(
+                f"a process that measures checkpoints ended; what it said stands above. {error}"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, kill_workers=True)
 
 
 def _shared(pool: Executor, blocks: Iterable[Block], others: int, bench: Bench) -> Generator[Done]:
@@ -82,16 +91,24 @@ def _found(block: Future[list[bytes]] | list[Done]) -> Iterable[Done]:
     return block if isinstance(block, list) else map(pickle.loads, block.result())
 
 
-def _begin(plan: bytes, folder: str) -> None:
+def _begin(plan: Path, folder: str) -> None:
     global _sent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C means the sweep, which ends this process
+    atexit.register(_end)
     os.chdir(folder)
     _sent = plan  # what fails while it is unpacked is said as the error of a block, not as the end of a process
+
+
+def _end() -> None:
+    """End at once: what had to be cleared up is, and Python would take a second to forget torch."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _measure(block: Block) -> list[bytes]:
     global _bench
     if _bench is None:
-        _bench = Bench(cloudpickle.loads(_sent))
+        _bench = Bench(cloudpickle.loads(_sent.read_bytes()))
         gc.collect()  # what build() made beside the model, such as replay buffers and their semaphores
     return [done.written() for done in _bench.measure(block)]
