@@ -19,11 +19,12 @@ help: ## this list
 demo: .venv/.stamp ## train PPO with observers attached; prints the path of its report (FRAMES, ENV, SEED, OUT)
 	@$(BIN)/tdhook-train demo --frames $(FRAMES) --env $(ENV) --seed $(SEED) --out "$(OUT)" --overwrite
 
+# one thread of torch: networks are small here, and a second one that waits awake takes the core of other processes
 test: lint ## linters, then the tests that take seconds
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 test-all: lint ## linters, then every test, slow ones too
-	$(BIN)/pytest -m ''
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m ''
 
 test-browser: .venv/.stamp ## the report in a headless Chromium, Debian's package, installed where that is allowed
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \

@@ -36,6 +36,7 @@ def test_artifact_buffer(tmp_path: Path) -> None:
     assert len(ArtifactBuffer.open(tmp_path / "run")["dictionary"]) == 1
 
 
+@pytest.mark.slow
 def test_sac_both_critics(tmp_path: Path) -> None:
     out = [line for line in ran("sac_both_critics", str(tmp_path)) if line.startswith("health.")]
     names = ["actor_network", *(f"{p}qvalue_network.{i}" for p in ("", "target_") for i in range(2))]
@@ -43,6 +44,7 @@ def test_sac_both_critics(tmp_path: Path) -> None:
     assert ArtifactBuffer.open(tmp_path)["health.first"].steps.tolist() == [0, 60, 120, 180, 240, 300]
 
 
+@pytest.mark.slow
 def test_return_under_ablation(tmp_path: Path) -> None:
     out = [line for line in ran("return_under_ablation", str(tmp_path)) if line.startswith("step ")]
     rows = ArtifactBuffer.open(tmp_path)["return"]
@@ -54,6 +56,7 @@ def test_return_under_ablation(tmp_path: Path) -> None:
     assert "What the agent earns without a part of it" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_dqn_cartpole(tmp_path: Path) -> None:
     out = [line for line in ran("dqn_cartpole", str(tmp_path)) if line.startswith("step")]
     assert [line.split(":")[0] for line in out] == [f"step {step}" for step in (300, 600, 900, 1200, 1500)]
@@ -66,6 +69,7 @@ def test_dqn_cartpole(tmp_path: Path) -> None:
     assert r2[-1] > r2[0]  # it learns what its decisions need
 
 
+@pytest.mark.slow
 def test_multi_agent_ppo(tmp_path: Path) -> None:
     out = ran("multi_agent_ppo", str(tmp_path))
     assert [line.split(":")[0] for line in out] == [f"step {step}" for step in (0, 100, 200, 300)]
@@ -135,6 +139,7 @@ def test_lightning_images(data: str, tmp_path: Path) -> None:
     assert out[-1] == str(tmp_path / "health" / "report.html")
 
 
+@pytest.mark.slow
 def test_when_did_it_learn(tmp_path: Path) -> None:
     *_, two, three, chance, order = ran("when_did_it_learn", str(tmp_path))
     steps = [float(line.split("step ")[1].split()[0]) for line in (two, three)]
@@ -153,6 +158,7 @@ def test_fabric_loop(tmp_path: Path) -> None:
     assert float(r2.sel(step=400, layer="0")) < 0.2  # which is nothing linear
 
 
+@pytest.mark.slow
 def test_lightning_heads(tmp_path: Path) -> None:
     ran("lightning_heads", str(tmp_path))
     patching = ArtifactBuffer.open(tmp_path)["patching"]
