@@ -80,6 +80,7 @@ def test_multi_agent_ppo(tmp_path: Path) -> None:
         assert not rests[:, :, agent, 1 - agent].any()
 
 
+@pytest.mark.slow
 def test_live_edits(tmp_path: Path) -> None:
     out = ran("live_edits", str(tmp_path))
     returns = {int(line[5:].split(":")[0]): int(line.split()[-1]) for line in out if line.startswith("step ")}
@@ -115,6 +116,7 @@ def test_inside_a_model() -> None:
     assert min(steered) > 0
 
 
+@pytest.mark.slow
 def test_ppo_live_probing(tmp_path: Path) -> None:
     report = Path(ran("ppo_live_probing", "2048", str(tmp_path / "run"))[-1])
     assert report.is_file()

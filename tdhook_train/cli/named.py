@@ -75,7 +75,8 @@ class Named:
             near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.py")])
             raise SettingsError(f"{self.option} {self.text!r}: {path} does not exist{near}")
         for module in list(sys.modules.values()):
-            if getattr(module, "__tdhook_train_file__", None) == str(path.resolve()):
+            # not by getattr: some modules warn of whatever they are asked for
+            if getattr(module, "__dict__", {}).get("__tdhook_train_file__") == str(path.resolve()):
                 return module
         _reach(str(path.resolve().parent))
         name = path.stem if path.stem not in sys.modules else f"_file_{path.stem}"

@@ -74,6 +74,7 @@ def test_the_probe_scores_every_layer_of_both_networks(
     torch.testing.assert_close(probe.series("r2")[0], probe.series("r2_initial")[0])  # step 0 is the initial network
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_recorded_and_writes_the_report(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     process = subprocess.Popen(

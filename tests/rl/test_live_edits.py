@@ -147,7 +147,7 @@ def test_an_edit_is_undone_on_every_way_out(way, tmp_path):
     with pytest.raises(KeyboardInterrupt) if way == "exception" else nullcontext():
         train()
     assert hooks(case.loss) == bare
-    compiled = torch.compile(torch.cos, backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda x: x.cos(), backend="eager", fullgraph=True)  # torch.cos: others compiled it often
     assert compiled(torch.zeros(1)) == 1
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
