@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import os
 import pickle
@@ -23,6 +24,7 @@ from tdhook_train.errors import SettingsError, WorkerError
 
 __all__ = ["worked"]
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _AHEAD = 8  # blocks that may be done before one that comes before them, for each process
 
 _sent = Path()  # where the plan lies, in a process that is one of several
@@ -94,6 +96,7 @@ def _found(block: Future[list[bytes]] | list[Done]) -> Iterable[Done]:
 def _begin(plan: Path, folder: str) -> None:
     global _sent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C means the sweep, which ends this process
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a sweep that is killed leaves no process behind
     atexit.register(_end)
     os.chdir(folder)
     _sent = plan  # what fails while it is unpacked is said as the error of a block, not as the end of a process

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,33 @@ def test_ctrl_c(one, tmp_path):
     assert done.stderr == ""
     run(tmp_path / "ckpt", tmp_path / "two", methods(tmp_path / "calls"))
     assert differences(one, tmp_path / "two") == []
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_leaves_no_process(tmp_path):
+    write(tmp_path / "ckpt", STEPS)
+    pids = tmp_path / "pids"
+    does = f"import os, time, pathlib; pathlib.Path({str(pids)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\n"
+        "from sweeps import methods, run\n"
+        f"run(Path({str(tmp_path / 'ckpt')!r}), Path({str(tmp_path / 'run')!r}), "
+        f"methods(Path({str(tmp_path / 'calls')!r}), 9, {does!r}), workers=2)\n"
+    )
+    killed = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    while not (pids.exists() and pids.read_text()):
+        assert killed.poll() is None
+    killed.kill()
+    killed.wait()
+    other = Path("/proc") / pids.read_text()
+    assert other.name != str(killed.pid)
+    for _ in range(100):
+        if not other.exists() or ") Z " in (other / "stat").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError("the process goes on")
 
 
 def test_what_cannot_be_sent_is_said(tmp_path):
