@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 from weakref import WeakSet
@@ -85,13 +86,12 @@ def writer_of(folder: Path) -> int | None:
     """Return the process of this machine that writes a run, None if there is none; takes no lock to find out."""
     try:
         with (folder / LOCK).open("rb") as file:
-            inode, text = os.fstat(file.fileno()).st_ino, file.read(32).decode().strip()
+            lock, text = os.fstat(file.fileno()), file.read(32).decode().strip()
     except OSError:
         return None
     if not text.isdecimal() or not lives(int(text)):
         return None
-    held = _locked(inode)
-    return int(text) if held is None or int(text) in held else None
+    return int(text) if _has_open(int(text), lock) else None
 
 
 def lives(process: int) -> bool:
@@ -105,14 +105,14 @@ def lives(process: int) -> bool:
     return True
 
 
-def _locked(inode: int) -> set[int] | None:
-    """Return which processes hold a lock of a file, None where the system does not say."""
+def _has_open(process: int, file: os.stat_result) -> bool:
+    """Whether a process has a file open, as far as the system tells; the writer of a run has its lock open."""
     try:
-        lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    if not lines:  # no lock of anybody: some systems list none
-        return None
-    # "1: FLOCK  ADVISORY  WRITE 4711 08:01:131090 0 EOF"; the device is another one on some file systems
-    held = [line.split() for line in lines if " FLOCK " in line and "->" not in line]
-    return {int(parts[4]) for parts in held if parts[5].rsplit(":", 1)[-1] == str(inode)}
+        descriptors = list(Path(f"/proc/{process}/fd").iterdir())
+    except OSError:  # another user's process, or a system without /proc
+        return True
+    for descriptor in descriptors:
+        with suppress(OSError):  # closed meanwhile
+            if os.path.samestat(descriptor.stat(), file):
+                return True
+    return False

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tdhook_train.buffer.manifest import SCHEMA
 from tdhook_train.checkpoints.formats import Checkpoint, is_torchrl
 from tdhook_train.errors import CheckpointError, SettingsError
 
@@ -23,7 +24,6 @@ StepOf = str | Callable[[Path], int] | None
 
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".torchrl", ".tdz")
 _IN_NAME = re.compile(r"(?:global_?step|step|iter(?:ation)?)[=_-]?(\d+)", re.IGNORECASE)
-_RUN = "schema.json"  # lies in the folders of an artifact buffer, whose files are no checkpoints
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def _within(folder: Path) -> Iterator[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return any(folder.glob(f"*/{_RUN}"))
+    """Whether it is the folder of an artifact buffer, whose files are no checkpoints."""
+    return any(folder.glob(f"*/{SCHEMA}"))
 
 
 def listed(

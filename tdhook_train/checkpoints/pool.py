@@ -31,21 +31,20 @@ _sent = Path()  # where the plan lies, in a process that is one of several
 _bench: Bench | None = None  # likewise, once it has begun
 
 
-def worked(plan: Plan, blocks: Iterable[Block], workers: int, bench: Bench | None = None) -> Generator[Done]:
+def worked(plan: Plan, blocks: Iterable[Block], workers: int, bench: Bench) -> Generator[Done]:
     """Measure blocks of checkpoints.
 
     Args:
         plan: what is the same for all of them.
         blocks: in order.
         workers: processes, this one among them.
-        bench: made of the plan already, in this process.
+        bench: of this process.
 
     Raises:
         SettingsError: the plan cannot be sent to another process.
         WorkerError: a process ended.
     """
     if workers == 1:
-        bench = bench or Bench(plan)
         for block in blocks:
             yield from bench.measure(block)
         return
@@ -61,7 +60,7 @@ def worked(plan: Plan, blocks: Iterable[Block], workers: int, bench: Bench | Non
         file.write_bytes(sent)
         pool = loky.ProcessPoolExecutor(workers - 1, initializer=_begin, initargs=(file, os.getcwd()), env=environment)
         try:
-            yield from _shared(pool, blocks, workers - 1, bench or Bench(plan))
+            yield from _shared(pool, blocks, workers - 1, bench)
             pool.shutdown(wait=True)  # at their own pace, since they may hold semaphores
         except loky.process_executor.BrokenProcessPool as error:
             raise WorkerError(

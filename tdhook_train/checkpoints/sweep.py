@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tdhook_train.buffer import ArtifactBuffer
+from tdhook_train.buffer.manifest import MANIFEST
 from tdhook_train.checkpoints.data import Data, data_of
 from tdhook_train.checkpoints.formats import Loading, Which
 from tdhook_train.checkpoints.listing import Listed, Paths, StepOf, files, listed
@@ -120,8 +122,10 @@ def sweep(  # noqa: PLR0913 - the one place where a user says everything
         sources = _Sources(known, buffer)
         plan = Plan(build, rows, sources.by_content, initial, seed, keys, Loading(weights, part, allow_pickle), context)
         tasks = [sources.task(one) for one in listed(paths, step, plan.loading.read, log.unusable)]
-        bench = None if initial.is_file() else _with_initial(plan, known, tasks, log)
-        _measure(_Sweep(plan, tasks, log, workers), bench if workers == 1 else None, progress=progress)
+        whole = _Sweep(plan, tasks, log, workers)
+        if not initial.is_file():
+            _keep_initial(whole, known)
+        _measure(whole, progress=progress)
     return buffer if isinstance(into, ArtifactBuffer) else ArtifactBuffer.open(into)
 
 
@@ -133,6 +137,11 @@ class _Sweep:
     tasks: Sequence[Task]
     log: Log
     workers: int
+
+    @cached_property
+    def bench(self) -> Bench:
+        """The model of this process."""
+        return Bench(self.plan)
 
     def due(self) -> dict[int, frozenset[str]]:
         """Return the rows that are due, by step."""
@@ -174,20 +183,20 @@ class _Sweep:
         return frozenset(row for row in rows if any(method.looks_back for method in self.plan.methods[row]))
 
 
-def _measure(sweep: _Sweep, bench: Bench | None, *, progress: bool) -> None:
+def _measure(sweep: _Sweep, *, progress: bool) -> None:
     with tqdm(total=len(sweep.tasks), disable=not progress) as bar:
         bar.set_description(f"sweeping {bar.total} checkpoints")
         due = sweep.due()
         bar.update(bar.total - len(due))
-        _commit(sweep, due, bench, bar)
+        _commit(sweep, due, bar)
         due = sweep.stale()
         bar.total += len(due)
-        _commit(sweep, due, bench, bar)
+        _commit(sweep, due, bar)
 
 
-def _commit(sweep: _Sweep, due: Mapping[int, frozenset[str]], bench: Bench | None, bar: Any) -> None:
+def _commit(sweep: _Sweep, due: Mapping[int, frozenset[str]], bar: Any) -> None:
     if due:
-        with closing(worked(sweep.plan, sweep.blocks(due), sweep.workers, bench)) as every:
+        with closing(worked(sweep.plan, sweep.blocks(due), sweep.workers, sweep.bench)) as every:
             for done in every:
                 sweep.log.commit(done)
                 bar.update()
@@ -221,21 +230,20 @@ def _never(why: str, detail: str) -> None:
     raise SettingsError(f"{detail} is {why}")
 
 
-def _with_initial(plan: Plan, known: Data, tasks: Sequence[Task], log: Log) -> Bench:
+def _keep_initial(sweep: _Sweep, known: Data) -> None:
     """Keep the weights at initialisation: the run's, else those of step 0, else as ``build`` makes them."""
-    bench = Bench(plan)
+    tasks = sweep.tasks
     if known.initial is not None:
         for stored in (known.initial, keys_beside(known.initial)):
             if stored.is_file():
-                shutil.copyfile(stored, plan.initial.with_name(stored.name))
-        return bench
+                shutil.copyfile(stored, sweep.plan.initial.with_name(stored.name))
+        return
     try:
-        bench.write_initial(tasks[0].checkpoint.path if tasks and tasks[0].now.step == 0 else None)
+        sweep.bench.write_initial(tasks[0].checkpoint.path if tasks and tasks[0].now.step == 0 else None)
     except CheckpointError as error:
-        log.unusable(tasks[0].checkpoint.path, error)
-        bench.write_initial(None)
-    return bench
+        sweep.log.unusable(tasks[0].checkpoint.path, error)
+        sweep.bench.write_initial(None)
 
 
 def _holds_run(into: str | os.PathLike[str]) -> bool:
-    return (Path(into) / "manifest.json").is_file()
+    return (Path(into) / MANIFEST).is_file()
