@@ -113,8 +113,8 @@ class Method(ABC):
         chosen = self.chosen(models)
         if (targets := getattr(self, "targets", None)) is not None:
             refuse_unknown(targets, {name: model.out_keys for name, model in chosen.items()})
-        layers = getattr(self, "layers", ())
-        for pattern in selectors(layers):
+        layers = getattr(self, "layers", None)
+        for pattern in () if layers is None else selectors(layers):
             if not any(model.has(pattern) for model in chosen.values()):
                 known = [f"{name}.{path}" if name else path for name, m in chosen.items() for path in m.modules]
                 titles = " or ".join(model.title for model in chosen.values())

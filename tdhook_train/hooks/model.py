@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from tdhook_train.errors import KeyMissingError, PathError, SettingsError, did_you_mean
 from tdhook_train.hooks.edited import edited
 from tdhook_train.hooks.items import tensor_items
-from tdhook_train.hooks.kernels import layer_by_layer
+from tdhook_train.hooks.kernels import layer_by_layer, untouched
 from tdhook_train.hooks.layout import laid_out_by, unit_axis
 from tdhook_train.hooks.paths import Selection, Selector, chooser, is_pattern, module_at, parse, selectors, shown, walk
+from tdhook_train.hooks.place import place, refuse_ignored, setters_at
+from tdhook_train.hooks.reroute import Rule, rerouted
 from tdhook_train.hooks.run import Run
 from tdhook_train.hooks.sequences import refuse_part
 from tdhook_train.hooks.trace import TracedSite, select, trace
@@ -189,6 +191,41 @@ class HookedModel:
         """
         with edited(self, edits, off=off, but=but, attends=self._fused[0]):
             yield
+
+    @contextmanager
+    def bent(
+        self,
+        values: Mapping[str, Tensor] | None = None,
+        *,
+        side: Literal["output", "input"] = "output",
+        rules: Mapping[nn.Module, Rule] | None = None,
+    ) -> Iterator[None]:
+        """Let :meth:`forward` run with given values at some sites, and gradients go back by given rules, in a graph.
+
+        For methods that differentiate: what :meth:`forward` returns keeps its graph, back to the values. Everything
+        else is as in a run: eager, buffers and random states put back.
+
+        Args:
+            values: by site; each of its module's calls gives it out.
+            side: whether the values are what modules give out, or their first argument.
+            rules: by module, see :func:`.reroute.rerouted`.
+
+        Raises:
+            SetterError: at the end of the block, a value whose module never ran.
+        """
+        parts = parts_of(self.module)
+        with untouched(parts, graph=torch.is_grad_enabled()) as undo:
+            handles = undo.hooks()
+            placed = {
+                site: setters_at(self, site, value, what=side, call="all") for site, value in (values or {}).items()
+            }
+            for pairs in placed.values():
+                for module, setter in pairs:
+                    handles.append(place(module, side, [setter]))
+            handles += rerouted(rules or {})
+            yield
+            for site, pairs in placed.items():
+                refuse_ignored(site, [setter for _, setter in pairs])
 
     # ------------------------------------------------------------------ names
 

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook_train import Method, attribution, health, latent, weights
-from tdhook_train.attribution import IntegratedGradients, Saliency
+from tdhook_train.attribution import FeatureAblation, InputXGradient, IntegratedGradients, Saliency
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
 from tdhook_train.latent import (
     Ablate,
@@ -54,8 +54,29 @@ CASES = (
         IntegratedGradients,
         {"targets": [("output", 0), ("output", 1)], "points": 8, "rows": 6},
         {"baseline": "mean"},
-        {"points": [0], "rows": [0], "rows_per_pass": [0], "baseline": ["zeros"], "targets": [(0,)]},
+        {
+            "points": [0],
+            "rows": [0],
+            "rows_per_pass": [0],
+            "baseline": ["zeros"],
+            "quadrature": ["simpson"],
+            "targets": [(0,)],
+        },
         frozenset({("attr", "input"), "delta"}),
+    ),
+    Case(
+        FeatureAblation,
+        {"targets": [("output", 0), ("output", 1)], "rows": 6, "groups": {"a": [0], "b": [1, 2]}},
+        {"baseline": "mean"},
+        {"groups": [{}], "patch": [0], "references": [0], "baseline": ["zeros"]},
+        frozenset({("attr", "input"), "shares"}),
+    ),
+    Case(
+        InputXGradient,
+        {"targets": [("output", 0), ("output", 1)], "rows": 6},
+        {"rows": 5},
+        {"rows": [0], "max_bytes": [0], "side": ["inputs"], "reduction": ["sum"], "targets": [(0,)]},
+        frozenset({("attr", "input")}),
     ),
     Case(
         Saliency,
