@@ -35,7 +35,7 @@ test-browser: .venv/.stamp ## the report in a headless Chromium, Debian's packag
 	$(BIN)/pytest -m browser -rs
 
 peers: .venv-peers/.stamp ## the tests that compare with other libraries, those of peers.txt
-	.venv-peers/bin/python -m pytest tests/hooks tests/methods -k 'peers or captum'
+	.venv-peers/bin/python -m pytest tests/hooks tests/methods tests/metrics -k 'peers or captum or zennit'
 
 bench: .venv/.stamp ## every script of bench/ in turn
 	@set -e; for script in bench/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
