@@ -43,7 +43,7 @@ SAID = {
     "shape": r"5\.pt holds '0\.weight' of shape \(5, 3\), which is \(4, 3\)",
     "more": r"5\.pt also holds '3\.bias', '3\.weight', which the Sequential that was built has not",
     "kind": r"5\.pt holds '0\.weight' of torch\.int64, which is torch\.float32",
-    "pickle": r"5\.pt asks for more than weights.*allow_pickle=True",
+    "pickle": r"5\.pt asks for more than weights.*allow_pickle=True \(--allow-pickle on .*\. It asks for \S+\.Setting$",
 }
 
 
