@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -97,7 +98,11 @@ def is_torchrl(path: Path) -> bool:
         return _MANIFEST in archive.namelist()
 
 
-_PICKLE = "{} asks for more than weights, which a pickle may run as code; if you trust it, pass allow_pickle=True"
+_PICKLE = (
+    "{} asks for more than weights, which a pickle may run as code; if you trust it, pass allow_pickle=True "
+    "(--allow-pickle on the command line)"
+)
+_ASKED_FOR = re.compile(r"GLOBAL ([\w.]+)")  # in what torch says
 _NO_AVERAGE = "{} holds no averaged weights; Lightning's WeightAveraging writes them"
 
 
@@ -109,7 +114,8 @@ def _unpickled(path: Path, *, allow_pickle: bool) -> Any:
     try:
         return torch.load(path, mmap=whole, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{_PICKLE.format(path)}. {str(error).splitlines()[0]}") from error
+        asked = _ASKED_FOR.search(str(error))
+        raise CheckpointError(_PICKLE.format(path) + (f". It asks for {asked.group(1)}" if asked else "")) from error
 
 
 def _of_file(content: Any, path: Path, weights: Which, part: str | None) -> Checkpoint:

@@ -23,6 +23,7 @@ Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 StepOf = str | Callable[[Path], int] | None
 
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".torchrl", ".tdz")
+_OF_RUNS = ("initial", "probe_sets")  # folders of a run whose files are no checkpoints
 _IN_NAME = re.compile(r"(?:global_?step|step|iter(?:ation)?)[=_-]?(\d+)", re.IGNORECASE)
 
 
@@ -37,7 +38,7 @@ class Listed:
 
 
 def files(checkpoints: Paths) -> list[Path]:
-    """Return every checkpoint that a glob, a folder (searched in depth) or a list of paths names, each once.
+    """Return every checkpoint that a glob, a folder (searched in depth) or a list of such names, each once.
 
     Raises:
         CheckpointError: there is none.
@@ -47,7 +48,8 @@ def files(checkpoints: Paths) -> list[Path]:
     found: dict[Path, None] = {}
     for one in given:
         path = Path(one)
-        matches = [path] if path.exists() or several else sorted(map(Path, glob.glob(one, recursive=True)))
+        matched = [path] if path.exists() else sorted(map(Path, glob.glob(one, recursive=True)))
+        matches = matched or ([path] if several else [])  # of several, one that is missing is told of by its name
         for match in matches:
             inside = match.is_dir() and not is_torchrl(match)
             found |= dict.fromkeys(_within(match) if inside else [match])
@@ -58,7 +60,10 @@ def files(checkpoints: Paths) -> list[Path]:
 
 
 def _within(folder: Path) -> Iterator[Path]:
+    own = _is_run(folder)
     for path in sorted(folder.iterdir()):
+        if own and (path.name in _OF_RUNS or (path / SCHEMA).is_file()):
+            continue
         if path.is_dir() and is_torchrl(path):
             yield path
         elif path.is_dir() and not _is_run(path):

@@ -66,8 +66,8 @@ def sweep(  # noqa: PLR0913 - the one place where a user says everything
     content, and left out.
 
     Args:
-        checkpoints: a glob, a folder (searched in depth), or paths. Lightning's ``.ckpt``, checkpoints of TorchRL
-            (folder, archive, trainer file), state dicts by ``torch.save``, safetensors.
+        checkpoints: a glob, a folder (searched in depth), or a list of such. Lightning's ``.ckpt``, checkpoints of
+            TorchRL (folder, archive, trainer file), state dicts by ``torch.save``, safetensors.
         build: makes the model, or the TorchRL loss that holds it; called once a process, under ``seed``.
         methods: what to measure, as an :class:`~tdhook_train.Observer` takes it.
         data: what to measure on: a TensorDict, a :class:`~tdhook_train.ProbeSet`, several by name; or the folder of a

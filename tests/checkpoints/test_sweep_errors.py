@@ -43,7 +43,7 @@ SAID = {
     "shape": r"5\.pt holds '0\.weight' of shape \(5, 3\), which is \(4, 3\)",
     "more": r"5\.pt also holds '3\.bias', '3\.weight', which the Sequential that was built has not",
     "kind": r"5\.pt holds '0\.weight' of torch\.int64, which is torch\.float32",
-    "pickle": r"5\.pt asks for more than weights.*allow_pickle=True",
+    "pickle": r"5\.pt asks for more than weights.*allow_pickle=True \(--allow-pickle on .*\. It asks for \S+\.Setting$",
 }
 
 
@@ -121,6 +121,25 @@ def test_nothing_matches(tmp_path):
             run(given, tmp_path / "run", methods(tmp_path / "calls"))
     with pytest.raises(CheckpointError, match=r"there is no checkpoint .*a\.pt"):
         run([tmp_path / "a.pt"], tmp_path / "run", methods(tmp_path / "calls"))
+
+
+def test_a_list_may_hold_files_folders_and_globs(tmp_path):
+    for folder, steps in (("a", [0, 2]), ("b", [5, 10]), ("c", [20, 100])):
+        write(tmp_path / folder, steps)
+    given = [str(tmp_path / "a" / "*.pt"), tmp_path / "b", tmp_path / "c" / "100.pt"]
+    found = run(given, tmp_path / "run", {"rank": EffectiveRank()})
+    assert found["rank"].steps.tolist() == [0, 2, 5, 10, 100]
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*\*\.ckpt"):
+        run([*given, tmp_path / "a" / "*.ckpt"], tmp_path / "other", {"rank": EffectiveRank()})
+
+
+def test_what_a_run_keeps_itself_is_no_checkpoint(tmp_path):
+    given = {"rank": EffectiveRank()}
+    run(write(tmp_path / "ckpt", [0]), tmp_path / "run", given)
+    with pytest.raises(CheckpointError, match="no checkpoint matches"):
+        run(tmp_path / "run", tmp_path / "after", given)
+    write(tmp_path / "run" / "ckpt", STEPS)
+    assert run(tmp_path / "run", tmp_path / "after", given)["rank"].steps.tolist() == STEPS
 
 
 def test_steps_from_names_in_the_order_of_numbers(tmp_path):

@@ -76,6 +76,14 @@ def test_two_workers_of_a_real_process_take_functions_from_a_file(place):
         assert two["probe"].settings[0]["target"] == {"y": "y", "z": "myprobes.z"}
 
 
+def test_a_glob_in_quotes_is_every_file_that_it_matches(cli, place, monkeypatch):
+    monkeypatch.chdir(place)
+    done = cli("sweep", "ckpt/step_*.pt", *args(place, "by_glob")[1:])
+    assert done.code == 0, done.err
+    with ArtifactBuffer.open(place / "by_glob") as one:
+        assert one["probe"].steps.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_data_may_be_a_file_of_a_probe_set(cli, place):
     (file,) = (place / "live" / "probe_sets").glob("*.pt")
     assert ProbeSet.load(file).ready
