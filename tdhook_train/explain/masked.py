@@ -98,11 +98,12 @@ class Masked(Judged):
         """Return all targets for each order of the units: ``[row, order, version, target]``."""
         scores = scores.masked_fill(~free[:, None], -torch.inf)
         ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        found = []
-        for rank in ranks.unbind(1):
-            first = rank[:, None] < counts[:, :, None]  # [row, version, unit]
-            found.append(coalition_values(problem, first if self.keeps == "first" else ~first))
-        return torch.stack(found, 1)
+        rows, versions, found = *counts.shape, []
+        for rank in ranks.split(max(1, problem.at_once // (rows * versions)), 1):
+            first = (rank[:, :, None] < counts[:, None, :, None]).flatten(1, 2)  # [row, order * version, unit]
+            values = coalition_values(problem, first if self.keeps == "first" else ~first)
+            found.append(values.unflatten(1, (-1, versions)))
+        return torch.cat(found, 1)
 
     def _in_units(self, problem: Problem) -> Problem:
         """Number what is replaced together."""
