@@ -17,6 +17,7 @@ from tdhook_train import ArtifactBuffer, Every, Observer, ProbeSet
 from tdhook_train.attribution import FeatureAblation, InputXGradient, IntegratedGradients, Saliency
 from tdhook_train.errors import NetworkError, PathError, SettingsError
 from tdhook_train.explain import Problem
+from tdhook_train.explain.judged import repeatable
 from tdhook_train.hooks import HookedModel
 from tdhook_train.method import Seen
 from tdhook_train.metrics import (
@@ -31,6 +32,7 @@ from tdhook_train.metrics import (
     Sufficiency,
     attribution_stability,
 )
+from tdhook_train.metrics.cascading_randomisation import _randomise
 from tdhook_train.ops.likeness import cosine, cosine_by_chance
 
 NO_CAPTUM = "captum is not installed; `make peers` runs this where it is"
@@ -416,6 +418,25 @@ def test_weights_of_a_module_that_cannot_be_made_anew_are_put_in_another_order()
     assert torch.equal(torch.get_rng_state(), state)
     block = measured(CascadingRandomisation(Saliency(), layers="body"), model, td_of(input=x))["spearman"]
     assert block.shape == (1, 3)
+
+
+def test_weights_made_anew_are_drawn_from_a_seed_and_nothing_else():
+    one, other = nn.Linear(3, 4), nn.Linear(3, 4)
+    state = torch.get_rng_state()
+    for layer in (one, other):
+        _randomise(layer, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_close(one.weight, other.weight)
+    _randomise(other, 6)
+    assert not torch.equal(one.weight, other.weight)
+
+
+def test_what_an_attribution_draws_is_the_same_for_all_weights():
+    seen = Seen(td_of(input=torch.zeros(4, 3)), generator=torch.Generator().manual_seed(3))
+    again = repeatable(seen)
+    one, other = again(), again()
+    one.generator.manual_seed(0)  # what the first uses up, the second still has
+    assert other.generator.initial_seed() == again().generator.initial_seed() != 0
 
 
 def test_what_is_learnt_shows_and_what_is_not_does_not():
