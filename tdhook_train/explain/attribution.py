@@ -102,10 +102,9 @@ class Attribution(Method):
         found: Found = {}
         rows = len(evenly_spaced(len(seen.batch), self.rows))
         for problem in self.problems(seen, model):
-            parts = [self._shares(chunk) for chunk in problem.chunks(self.rows_at_once(problem))]
-            for key in parts[0]:
+            for key, value in self.found(problem).items():
                 where = key if self.layers is None or key[0] == "attr" else (*path_of(key), str(problem.sites[0]))
-                found[where] = self._reduced(torch.cat([part[key] for part in parts]), key)
+                found[where] = self._reduced(value if self._many else value[:, 0], key)
         return TensorDict(found, batch_size=[rows] if self.reduction == "none" else [])
 
     def dims(self, key: NestedKey, ndim: int) -> tuple[str, ...]:
@@ -152,6 +151,11 @@ class Attribution(Method):
             explained_rows = {site: value[index] for site, value in point.items()}
             yield self.posed(whole, explained_rows, point, seen, index)
 
+    def found(self, problem: Problem) -> Found:
+        """Explain a problem in parts: ``[row, target, ...]`` each, one target or many; 0 where a mask is False."""
+        parts = [self._shares(chunk) for chunk in problem.chunks(self.rows_at_once(problem))]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
     def posed(self, whole: Problem, point: Point, every: Point, seen: Seen, index: Tensor) -> Problem:  # noqa: ARG002
         """Complete a problem.
 
@@ -182,7 +186,7 @@ class Attribution(Method):
         for site, mask in problem.mask.items():
             key = ("attr", *path_of(site))
             found[key] = found[key] * mask[:, None]
-        return found if self._many else {key: value[:, 0] for key, value in found.items()}
+        return found
 
     def _reduced(self, value: Tensor, key: NestedKey) -> Tensor:
         if self.reduction == "none":

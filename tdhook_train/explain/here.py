@@ -14,11 +14,13 @@ __all__ = ["gradients_here"]
 def gradients_here(problem: Problem, rules: Rules | None = None) -> Point:
     """Differentiate every target at every site: ``[row, target, *feature]``; one pass, and one back for each target.
 
+    Several layers are read where they are; a single one has the value that the problem gives it.
+
     Args:
         problem: where and what.
         rules: the way back of some modules, see :meth:`HookedModel.bent`.
     """
-    if problem.place == "model":
+    if problem.place == "model" or len(problem.sites) == 1:
         each = list(problem.gradients(problem.point, rules=rules))
         return {site: torch.stack([one[site] for one in each], 1) for site in problem.sites}
     batch, found = TensorDict(problem.still, batch_size=[len(problem)]), dict[str, Tensor]()

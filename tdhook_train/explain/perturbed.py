@@ -100,7 +100,7 @@ def coalition_values(problem: Problem, kept: Tensor) -> Tensor:
         now = kept[:, chunk]  # [row, version, group]
         point = {}
         for site, value in problem.point.items():
-            ids = problem.groups[site].flatten(1)  # [row, feature]
+            ids = problem.groups[site].reshape(rows, -1)  # [row, feature]
             stays = now.gather(2, ids[:, None].expand(-1, len(chunk), -1)).view(rows, len(chunk), *value.shape[1:])
             point[site] = torch.where(stays, value[:, None], problem.baseline[site][:, None]).flatten(0, 1)
         index = torch.arange(rows, device=problem.device).repeat_interleave(len(chunk))
@@ -112,7 +112,7 @@ def spread(shares: Tensor, problem: Problem) -> Point:
     """Give each feature what its group has: ``[row, target, *feature]`` from ``[row, target, group]``."""
     found: Point = {}
     for site, ids in problem.groups.items():
-        flat = ids.flatten(1)[:, None].expand(-1, shares.shape[1], -1)
+        flat = ids.reshape(len(ids), 1, -1).expand(-1, shares.shape[1], -1)
         found[site] = (
             shares.gather(2, flat).unflatten(2, ids.shape[1:]) if ids.ndim > 1 else shares.gather(2, flat)[..., 0]
         )

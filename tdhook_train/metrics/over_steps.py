@@ -7,15 +7,15 @@ counts. Steps that were measured on different data are not compared: NaN.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import comb
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from tdhook_train.buffer.tables import package
-from tdhook_train.errors import KeyMissingError, MissingPackageError, SettingsError, did_you_mean
+from tdhook_train.errors import KeyMissingError, SettingsError, did_you_mean
 from tdhook_train.ops.cka import Representations, thinned
+from tdhook_train.ops.likeness import by_size, cosine, jaccard
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -105,10 +105,10 @@ def direction_cosine(artifact: Artifact, key: Key = "direction") -> xr.DataArray
     values = read.values.double().nan_to_num(0.0).movedim(0, -2)  # [..., step, unit]
     length = torch.linalg.vector_norm(values, dim=-1)
     units = values / torch.where(length > 0, length, torch.nan)[..., None]
-    cosine = torch.where(read.same, units @ units.mT, torch.nan)
+    angles = torch.where(read.same, units @ units.mT, torch.nan)
     names = read.dims[:-1]
     labels = {dim: artifact.coords[own] for dim, own in zip(names, artifact.dims(key), strict=False)}
-    return _by_steps(cosine, names, labels, read.steps, "cosine")
+    return _by_steps(angles, names, labels, read.steps, "cosine")
 
 
 def attribution_stability(artifact: Artifact, key: Key, *, top: int = 10) -> xr.Dataset:
@@ -125,14 +125,7 @@ def attribution_stability(artifact: Artifact, key: Key, *, top: int = 10) -> xr.
 
     Returns:
         ``[step, target]`` of each; a step is compared with the one before.
-
-    Raises:
-        MissingPackageError: scipy is not installed.
     """
-    try:
-        from scipy.stats import rankdata
-    except ImportError:
-        raise MissingPackageError('scipy is not installed: pip install "tdhook-train[tables]"') from None
     if top < 1:
         raise SettingsError(f"attribution_stability needs top of 1 or more, got {top}")
     read = _read(artifact, key)
@@ -141,18 +134,12 @@ def attribution_stability(artifact: Artifact, key: Key, *, top: int = 10) -> xr.
     if not outer or read.dims[0] != "batch":
         raise SettingsError(f"{key!r} has dimensions {read.dims}, expected samples, targets and features")
     values = read.values.double().flatten(1 + len(outer))  # [step, batch, (target,) feature]
-    features, sizes = values.shape[-1], values.abs()
-    ranks = torch.as_tensor(rankdata(sizes.numpy(), axis=-1))
-    top = min(top, features)
-    chosen = torch.zeros_like(sizes).scatter(-1, sizes.argsort(stable=True, dim=-1, descending=True)[..., :top], 1.0)
-    shared = (chosen[1:] * chosen[:-1]).sum(-1)
-    ranked = sizes.amax(-1) > sizes.amin(-1)
+    top = min(top, values.shape[-1])
+    ranks, now, before = by_size(values), values[1:], values[:-1]
     of_samples = {
-        "spearman": _cosine(ranks - ranks.mean(-1, keepdim=True)),
-        "cosine": _cosine(values),
-        "jaccard": torch.where(
-            ranked[1:] & ranked[:-1], shared / (2 * top - shared) - _jaccard_by_chance(features, top), torch.nan
-        ),
+        "spearman": cosine(ranks[1:], ranks[:-1]),
+        "cosine": cosine(now, before),
+        "jaccard": jaccard(now, before, top),
     }
     names = ("step", *(("target",) if len(outer) > 1 else ()))
     means = {name: _where(read.kept, value.nanmean(1)) for name, value in of_samples.items()}
@@ -211,19 +198,6 @@ def _known(artifact: Artifact, key: Key) -> tuple[str, ...]:
 def _there(artifact: Artifact) -> str:
     keys = (".".join(key) for key in artifact.schema.columns if key[0] != "meta")
     return did_you_mean("", keys).removeprefix("; ")
-
-
-def _cosine(values: Tensor) -> Tensor:
-    """Return the cosine of neighbours along the first dimension, over the last; NaN where one is 0."""
-    length = torch.linalg.vector_norm(values, dim=-1)
-    scale = length[1:] * length[:-1]
-    return torch.where(scale > 0, (values[1:] * values[:-1]).sum(-1) / scale, torch.nan)
-
-
-def _jaccard_by_chance(n: int, k: int) -> float:
-    """Return the mean Jaccard index of two sets of k of n, each drawn at random: ``Σ P(j) j / (2k - j)``."""
-    shares = (comb(k, j) * comb(n - k, k - j) / comb(n, k) * j / (2 * k - j) for j in range(k + 1))
-    return sum(shares)
 
 
 def _where(kept: Tensor, value: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from method_env import Answering
 from tensordict import TensorDict
 from torch import nn
 
-from tdhook_train import Method, attribution, health, latent, weights
+from tdhook_train import Method, attribution, health, latent, metrics, weights
 from tdhook_train.attribution import FeatureAblation, InputXGradient, IntegratedGradients, Saliency
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
 from tdhook_train.latent import (
@@ -22,10 +22,22 @@ from tdhook_train.latent import (
     RidgeProbe,
     SteeringVectors,
 )
+from tdhook_train.metrics import (
+    Aopc,
+    CascadingRandomisation,
+    Comprehensiveness,
+    Deletion,
+    Infidelity,
+    Insertion,
+    MaxSensitivity,
+    Stability,
+    Sufficiency,
+)
 from tdhook_train.rl import AblatedReturn
 from tdhook_train.weights import WeightDistance
 
 PUBLIC = [getattr(family, name) for family in (attribution, health, latent, weights) for name in family.__all__]
+PUBLIC += [one for name in metrics.__all__ if isinstance(one := getattr(metrics, name), type)]  # others are functions
 PUBLIC += [AblatedReturn]  # outside the families, since it needs TorchRL
 
 
@@ -48,6 +60,9 @@ def double(_layer, output):
 def above_zero(td):
     return td["input"][:, 0] > 0
 
+
+JUDGED_NOT = [None, DeadUnits(), Saliency(reduction="mean")]
+MASKED_NOT = {"baseline": ["zeros"], "unit": ["word"], "by": ["size"], "orders": [0], "reduction": ["sum"]}
 
 CASES = (
     Case(
@@ -84,6 +99,76 @@ CASES = (
         {"score": "absolute"},
         {"rows": [0], "score": ["abs"], "targets": [(0,)]},
         frozenset({("attr", "input")}),
+    ),
+    Case(
+        Aopc,
+        {"of": Saliency([("output", 0), ("output", 1)], rows=6)},
+        {"steps": 3},
+        {"of": JUDGED_NOT, "steps": [0], "units_per_step": [0]} | MASKED_NOT,
+        frozenset(Aopc.writes),
+    ),
+    Case(
+        CascadingRandomisation,
+        {"of": Saliency([("output", 0), ("output", 1)], rows=6), "layers": ("0", "1", "2")},
+        {"layers": "0"},
+        {"of": JUDGED_NOT, "reduction": ["sum"]},
+        frozenset(CascadingRandomisation.writes),
+    ),
+    Case(
+        Comprehensiveness,
+        {"of": Saliency([("output", 0), ("output", 1)], rows=6)},
+        {"bins": (0.5,)},
+        {"of": JUDGED_NOT, "bins": [(), (0.0,), (1.5,)]} | MASKED_NOT,
+        frozenset(Comprehensiveness.writes),
+    ),
+    Case(
+        Deletion,
+        {"of": IntegratedGradients([("output", 0), ("output", 1)], rows=6), "steps": 4},
+        {"reduction": "none"},
+        {"of": JUDGED_NOT, "steps": [0]} | MASKED_NOT,
+        frozenset(Deletion.writes),
+    ),
+    Case(
+        Infidelity,
+        {"of": Saliency([("output", 0), ("output", 1)], rows=6)},
+        {"unit": "contribution"},
+        {
+            "of": JUDGED_NOT,
+            "unit": ["gradient"],
+            "perturb": ["square"],
+            "noise": [0.0],
+            "samples": [0],
+            "baseline": ["x"],
+        },
+        frozenset(Infidelity.writes),
+    ),
+    Case(
+        Insertion,
+        {"of": IntegratedGradients([("output", 0), ("output", 1)], rows=6), "steps": 4},
+        {"reduction": "none"},
+        {"of": JUDGED_NOT, "steps": [0]} | MASKED_NOT,
+        frozenset(Insertion.writes),
+    ),
+    Case(
+        MaxSensitivity,
+        {"of": Saliency([("output", 0), ("output", 1)], rows=6)},
+        {"radius": 0.1},
+        {"of": JUDGED_NOT, "radius": [0.0], "samples": [0]},
+        frozenset(MaxSensitivity.writes),
+    ),
+    Case(
+        Stability,
+        {"of": Saliency([("output", 0), ("output", 1)], rows=6)},
+        {"top": 2},
+        {"of": JUDGED_NOT, "top": [0]},
+        frozenset({*Stability.writes, ("attr", "input")} - {"attr"}),
+    ),
+    Case(
+        Sufficiency,
+        {"of": Saliency([("output", 0), ("output", 1)], rows=6)},
+        {"bins": (0.5,)},
+        {"of": JUDGED_NOT, "bins": [(), (0.0,), (1.5,)]} | MASKED_NOT,
+        frozenset(Sufficiency.writes),
     ),
     Case(
         ActivationAddition,

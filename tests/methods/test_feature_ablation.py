@@ -95,6 +95,18 @@ def test_several_inputs_by_key():
     assert_close(out["shares"][:, 0], torch.stack([whole, x.sum(1) * y[:, 0], x.sum(1) * y[:, 1:].sum(1)], 1))
 
 
+def test_an_input_of_one_number_a_row():
+    class Scales(nn.Module):
+        def forward(self, x, scale):
+            return (x.sum(-1) * scale)[:, None]
+
+    x, scale = torch.randn(4, 2), torch.randn(4)
+    with FeatureAblation().prepare(Scales(), ["x", "scale"], ["o"]) as hooked:
+        out = hooked(td_of(x=x, scale=scale))
+    assert_close(out["attr", "x"][:, 0], x * scale[:, None])
+    assert_close(out["attr", "scale"][:, 0], x.sum(1) * scale)
+
+
 @pytest.mark.parametrize(
     ("groups", "said"),
     [
