@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tdhook_train.attribution.relevance.rules import stabilised
+from tdhook_train.errors import NetworkError
 
 __all__ = ["Functions", "way"]
 
@@ -190,7 +191,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: A
 
 def _many_heads(given: dict[str, Any], rest: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     if given["bias_k"] is not None or given["zero"] or rest.get("static_k") is not None:
-        raise NotImplementedError("relevance through attention with bias_k or add_zero_attn")
+        raise NetworkError("LRP knows no way back through attention with bias_k or add_zero_attn")
     parts = [given["query"], given["key"], given["value"]]
     single = parts[0].ndim == 2
     parts = [part.unsqueeze(1) for part in parts] if single else parts  # [time, row, feature]
