@@ -24,12 +24,14 @@ class Passed:
         inputs: the floating-point tensors among its arguments, as they were given, outside any graph.
         output: what it gave out, likewise.
         again: runs the module on other inputs, the other arguments as they were.
+        source: the call whose output is the first of the inputs, where a rule stands there too.
     """
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
     output: Tensor
     again: Callable[..., Tensor]
+    source: Passed | None = None
 
 
 Rule = Callable[[Passed, Tensor], Tensor | Sequence[Tensor | None]]
@@ -77,7 +79,8 @@ class _Detour:
 
         outside = tuple(value.detach() for value in inputs)
         if isinstance(output, Tensor):
-            return _Rerouted.apply(self.rule, Passed(module, outside, output.detach(), again), *inputs)
+            source = getattr(inputs[0].grad_fn, "passed", None) if inputs else None
+            return _Rerouted.apply(self.rule, Passed(module, outside, output.detach(), again, source), *inputs)
         tensors = [tensor for _, tensor in floating_items(output)]
         raise TypeError(f"{type(module).__name__} gives out {len(tensors)} tensors, and a rule goes by one")
 

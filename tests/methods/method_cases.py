@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook_train import Method, attribution, health, latent, metrics, weights
-from tdhook_train.attribution import FeatureAblation, InputXGradient, IntegratedGradients, Saliency
+from tdhook_train.attribution import LRP, FeatureAblation, InputXGradient, IntegratedGradients, Saliency
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
 from tdhook_train.latent import (
     Ablate,
@@ -91,6 +91,13 @@ CASES = (
         {"targets": [("output", 0), ("output", 1)], "rows": 6},
         {"rows": 5},
         {"rows": [0], "max_bytes": [0], "side": ["inputs"], "reduction": ["sum"], "targets": [(0,)]},
+        frozenset({("attr", "input")}),
+    ),
+    Case(
+        LRP,
+        {"targets": [("output", 0), ("output", 1)], "rows": 6},
+        {"composite": "epsilon_plus_flat"},
+        {"rows": [0], "composite": ["epsilon", 3], "through": [{}, {"0": ()}, {"0": (-1,)}, {"0": (0.0,)}, {"0": "1"}]},
         frozenset({("attr", "input")}),
     ),
     Case(
