@@ -110,11 +110,11 @@ class Attribution(Method):
 
     def dims(self, key: NestedKey, ndim: int) -> tuple[str, ...]:
         """One target alone has no dimension of its own; features in three dimensions are those of an image."""
-        spare = (not self._many) + (self.reduction != "none")
+        spare = (not self._apart) + (self.reduction != "none")
         names = super().dims(key, ndim + spare)
         if names[-3:] == tuple(f"feature_{i}" for i in range(3)):
             names = (*names[:-3], *_IMAGE)
-        gone = {"target"} if not self._many else set()
+        gone = {"target"} if not self._apart else set()
         return tuple(name for name in names if name not in (gone if self.reduction == "none" else gone | {"batch"}))
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
@@ -122,7 +122,7 @@ class Attribution(Method):
         out: Labels = {}
         if self.rows is not None and self.reduction == "none":
             out["batch"] = evenly_spaced(len(seen.batch), self.rows).tolist()
-        if self._many:
+        if self._apart:
             out["target"] = list(self._explained(seen.batch, seen.batch, model))
         if self.layers is None:
             inputs = list(self._inputs(seen, model))
@@ -174,6 +174,15 @@ class Attribution(Method):
         return min(_MOST_ROWS, max(_LEAST_ROWS, _IN_CACHE // max(largest, 1)))
 
     @property
+    def joint(self) -> bool:
+        """Whether all targets together have one share, without a target dimension."""
+        return False
+
+    @property
+    def _apart(self) -> bool:
+        return self._many and not self.joint
+
+    @property
     def _many(self) -> bool:
         return self.init_attr_targets is None and (self.targets is None or isinstance(self.targets, list | Mapping))
 
@@ -182,7 +191,7 @@ class Attribution(Method):
         for site, mask in problem.mask.items():
             key = ("attr", *path_of(site))
             found[key] = found[key] * mask[:, None]
-        return found if self._many else {key: value[:, 0] for key, value in found.items()}
+        return found if self._apart else {key: value[:, 0] for key, value in found.items()}
 
     def _reduced(self, value: Tensor, key: NestedKey) -> Tensor:
         if self.reduction == "none":
@@ -252,7 +261,7 @@ class Attribution(Method):
             leaves = self.init_attr_targets(outputs, inputs).flatten_keys(".")
             return {"+".join(leaves.keys()): sum(leaf.reshape(rows, -1).sum(1) for leaf in leaves.values())}
         found = dict(explained(outputs, self.targets, model.out_keys, rows))
-        if not self._many and len(found) != 1:
+        if not self._many and not self.joint and len(found) != 1:
             raise TargetError(f"target {self.targets!r} has {len(found)} features; explain one, or give a list")
         return found
 
