@@ -72,7 +72,7 @@ class Occlusion(Compared):
             point[site] = torch.where(covered, baseline[:, None], value[:, None]).flatten(0, 1)
             point = {each: point[each] for each in problem.sites}
             drop = whole[:, None] - problem.values(point, index).unflatten(0, (rows, len(covered)))
-            inside = covered.flatten(1).to(whole.dtype)
+            inside = covered.view(len(covered), -1).to(whole.dtype)
             lost += drop.mT @ inside
             count += inside.sum(0)
         return (lost / count).view(rows, -1, *features)
@@ -83,7 +83,7 @@ class Occlusion(Compared):
             _along(size, window, stride, device)
             for size, window, stride in zip(features, *self._sizes(features), strict=True)
         ]
-        places = torch.tensor(list(product(*(range(len(one)) for one in along))), device=device).view(-1, len(along))
+        places = torch.tensor(list(product(*(range(len(one)) for one in along))), dtype=torch.long, device=device)
         for chunk in places.split(at_once):
             covered = torch.ones(len(chunk), *[1] * len(features), dtype=torch.bool, device=device)
             for dim, one in enumerate(along):
