@@ -104,16 +104,16 @@ class Attribution(Method):
         for problem in self.problems(seen, model):
             for key, value in self.found(problem).items():
                 where = key if self.layers is None or key[0] == "attr" else (*path_of(key), str(problem.sites[0]))
-                found[where] = self._reduced(value if self._many else value[:, 0], key)
+                found[where] = self._reduced(value if self._apart else value[:, 0], key)
         return TensorDict(found, batch_size=[rows] if self.reduction == "none" else [])
 
     def dims(self, key: NestedKey, ndim: int) -> tuple[str, ...]:
         """One target alone has no dimension of its own; features in three dimensions are those of an image."""
-        spare = (not self._many) + (self.reduction != "none")
+        spare = (not self._apart) + (self.reduction != "none")
         names = super().dims(key, ndim + spare)
         if names[-3:] == tuple(f"feature_{i}" for i in range(3)):
             names = (*names[:-3], *_IMAGE)
-        gone = {"target"} if not self._many else set()
+        gone = {"target"} if not self._apart else set()
         return tuple(name for name in names if name not in (gone if self.reduction == "none" else gone | {"batch"}))
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
@@ -121,7 +121,7 @@ class Attribution(Method):
         out: Labels = {}
         if self.rows is not None and self.reduction == "none":
             out["batch"] = evenly_spaced(len(seen.batch), self.rows).tolist()
-        if self._many:
+        if self._apart:
             out["target"] = list(self._explained(seen.batch, seen.batch, model))
         if self.layers is None:
             inputs = list(self._inputs(seen, model))
@@ -176,6 +176,15 @@ class Attribution(Method):
             return max(1, self.max_bytes // max(1, numbers * torch.get_default_dtype().itemsize))
         largest = max((site.size for site in model.traced), default=1)
         return min(_MOST_ROWS, max(_LEAST_ROWS, _IN_CACHE // max(largest, 1)))
+
+    @property
+    def joint(self) -> bool:
+        """Whether all targets together have one share, without a target dimension."""
+        return False
+
+    @property
+    def _apart(self) -> bool:
+        return self._many and not self.joint
 
     @property
     def _many(self) -> bool:
@@ -256,7 +265,7 @@ class Attribution(Method):
             leaves = self.init_attr_targets(outputs, inputs).flatten_keys(".")
             return {"+".join(leaves.keys()): sum(leaf.reshape(rows, -1).sum(1) for leaf in leaves.values())}
         found = dict(explained(outputs, self.targets, model.out_keys, rows))
-        if not self._many and len(found) != 1:
+        if not self._many and not self.joint and len(found) != 1:
             raise TargetError(f"target {self.targets!r} has {len(found)} features; explain one, or give a list")
         return found
 

@@ -73,7 +73,15 @@ class Perturbed(Compared):
             else:
                 ids[site] = (_each(value, self.patch) + count).expand_as(value)
             count = max(count, int(ids[site].max()) + 1)
-        return replace(problem, groups=ids)
+        return replace(problem, groups=ids, group_count=count)
+
+    def versions(self, groups: int) -> int:  # noqa: ARG002
+        """Say how many versions of each row are made for so many groups, where they are held at once."""
+        return 1
+
+    def rows_at_once(self, problem: Problem) -> int:
+        """Count each version of a row."""
+        return max(1, super().rows_at_once(problem) // max(1, self.versions(problem.group_count)))
 
     def shared(self, shares: Tensor, problem: Problem) -> Found:
         """Return what each group has, ``[row, target, group]``, as artifacts: for each feature, and by name."""
@@ -91,7 +99,8 @@ def coalition_values(problem: Problem, kept: Tensor) -> Tensor:
 
     Args:
         problem: with a baseline, which the other groups get.
-        kept: ``[row, version, group]``, or ``[version, group]`` for all rows alike.
+        kept: ``[row, version, group]``, or ``[version, group]`` for all rows alike; a floating-point number between 0
+            and 1 is the share of the value in a mixture with the baseline.
     """
     rows, versions = len(problem), kept.shape[-2]
     kept = kept.expand(rows, -1, -1)
@@ -102,7 +111,7 @@ def coalition_values(problem: Problem, kept: Tensor) -> Tensor:
         for site, value in problem.point.items():
             ids = problem.groups[site].reshape(rows, -1)  # [row, feature]
             stays = now.gather(2, ids[:, None].expand(-1, len(chunk), -1)).view(rows, len(chunk), *value.shape[1:])
-            point[site] = torch.where(stays, value[:, None], problem.baseline[site][:, None]).flatten(0, 1)
+            point[site] = _mixed(value[:, None], problem.baseline[site][:, None], stays).flatten(0, 1)
         index = torch.arange(rows, device=problem.device).repeat_interleave(len(chunk))
         found.append(problem.values(point, index).unflatten(0, (rows, len(chunk))))
     return torch.cat(found, 1)
@@ -117,6 +126,12 @@ def spread(shares: Tensor, problem: Problem) -> Point:
             shares.gather(2, flat).unflatten(2, ids.shape[1:]) if ids.ndim > 1 else shares.gather(2, flat)[..., 0]
         )
     return found
+
+
+def _mixed(value: Tensor, baseline: Tensor, stays: Tensor) -> Tensor:
+    if stays.dtype == torch.bool:
+        return torch.where(stays, value, baseline)
+    return torch.lerp(baseline, value, stays.to(value.dtype))
 
 
 def _each(value: Tensor, patch: int | None) -> Tensor:

@@ -46,6 +46,7 @@ class Problem:
         baseline: what the values are compared with, if anything; the point itself where the mask is False.
         mask: what may be changed and has a share, ``[row, *feature]``; all of it by default.
         groups: number of the group that each feature belongs to, ``[row, *feature]``, where groups are moved.
+        group_count: how many groups there are, of all rows, so that what is drawn does not go by how rows are cut.
     """
 
     model: HookedModel
@@ -59,6 +60,7 @@ class Problem:
     baseline: Point = field(default_factory=dict)
     mask: Point = field(default_factory=dict)
     groups: Point = field(default_factory=dict)
+    group_count: int = 0
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -67,11 +69,6 @@ class Problem:
     def sites(self) -> list[NestedKey]:
         """Where the values stand."""
         return list(self.point)
-
-    @property
-    def group_count(self) -> int:
-        """How many groups there are."""
-        return max(int(ids.max()) for ids in self.groups.values()) + 1
 
     # ------------------------------------------------------------------ rows
 

@@ -9,8 +9,8 @@ from method_env import Answering
 from tensordict import TensorDict
 from torch import nn
 
-from tdhook_train import Method, attribution, health, latent, metrics, weights
-from tdhook_train.attribution import LRP, FeatureAblation, InputXGradient, IntegratedGradients, Saliency
+from tdhook_train import (Method, attribution, health, latent, metrics, weights)
+from tdhook_train.attribution import (LRP, FeatureAblation, InputXGradient, IntegratedGradients, Saliency, Greydanus, KernelShap, Lime, Occlusion, Sarfa, ShapleySampling, Sobol)
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
 from tdhook_train.latent import (
     Ablate,
@@ -63,6 +63,9 @@ def above_zero(td):
 
 JUDGED_NOT = [None, DeadUnits(), Saliency(reduction="mean")]
 MASKED_NOT = {"baseline": ["zeros"], "unit": ["word"], "by": ["size"], "orders": [0], "reduction": ["sum"]}
+TWO = {"targets": [("output", 0), ("output", 1)], "rows": 6}
+AB = {"groups": {"a": [0], "b": [1, 2]}}
+
 
 CASES = (
     Case(
@@ -84,6 +87,55 @@ CASES = (
         {"targets": [("output", 0), ("output", 1)], "rows": 6, "groups": {"a": [0], "b": [1, 2]}},
         {"baseline": "mean"},
         {"groups": [{}], "patch": [0], "references": [0], "baseline": ["zeros"]},
+        frozenset({("attr", "input"), "shares"}),
+    ),
+    Case(
+        Greydanus,
+        TWO | AB,
+        {"baseline": "mean"},
+        {"spacing": [0], "radius": [0.0], "blur": [-1.0], "reduction": ["sum"], "patch": [0]},
+        frozenset({("attr", "input"), "shares"}),
+    ),
+    Case(
+        KernelShap,
+        TWO | AB,
+        {"samples": 10},
+        {"samples": [1], "patch": [0], "baseline": ["zeros"]},
+        frozenset({("attr", "input"), "shares"}),
+    ),
+    Case(
+        Lime,
+        TWO | AB | {"samples": 20},
+        {"distance": "euclidean"},
+        {"samples": [1], "distance": ["l1"], "kernel_width": [0.0], "alpha": [-1.0, float("nan")]},
+        frozenset({("attr", "input"), "shares", "r2"}),
+    ),
+    Case(
+        Occlusion,
+        TWO | {"window": 2},
+        {"window": (1,)},
+        {"window": [0, (), (2, 0)], "stride": [0, ()], "baseline": ["zeros"]},
+        frozenset({("attr", "input")}),
+    ),
+    Case(
+        Sarfa,
+        TWO | AB,
+        {"action": "each"},
+        {"action": ["best"], "spacing": [0], "blur": [0.0], "patch": [0]},
+        frozenset({("attr", "input"), "shares"}),
+    ),
+    Case(
+        ShapleySampling,
+        TWO | AB | {"permutations": 3},
+        {"permutations": 4},
+        {"permutations": [0], "groups": [{}]},
+        frozenset({("attr", "input"), "shares"}),
+    ),
+    Case(
+        Sobol,
+        TWO | AB | {"samples": 8},
+        {"samples": 16},
+        {"samples": [1], "references": [0]},
         frozenset({("attr", "input"), "shares"}),
     ),
     Case(
