@@ -104,7 +104,7 @@ class Attribution(Method):
         for problem in self.problems(seen, model):
             parts = [self._shares(chunk) for chunk in problem.chunks(self.rows_at_once(problem))]
             for key in parts[0]:
-                where = key if self.layers is None or key[0] == "attr" else (*path_of(key), str(problem.sites[0]))
+                where = key if self.layers is None or not isinstance(key, str) else (key, str(problem.sites[0]))
                 found[where] = self._reduced(torch.cat([part[key] for part in parts]), key)
         return TensorDict(found, batch_size=[rows] if self.reduction == "none" else [])
 

@@ -10,7 +10,19 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook_train import Method, attribution, health, latent, weights
-from tdhook_train.attribution import FeatureAblation, InputXGradient, IntegratedGradients, Saliency
+from tdhook_train.attribution import (
+    Conductance,
+    FeatureAblation,
+    GradientShap,
+    InputConductance,
+    InputXGradient,
+    IntegratedGradients,
+    LayerIntegratedGradients,
+    Saliency,
+    SmoothGrad,
+    SquareGrad,
+    VarGrad,
+)
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
 from tdhook_train.latent import (
     Ablate,
@@ -25,7 +37,8 @@ from tdhook_train.latent import (
 from tdhook_train.rl import AblatedReturn
 from tdhook_train.weights import WeightDistance
 
-PUBLIC = [getattr(family, name) for family in (attribution, health, latent, weights) for name in family.__all__]
+EXPORTED = [getattr(family, name) for family in (attribution, health, latent, weights) for name in family.__all__]
+PUBLIC = [one for one in EXPORTED if issubclass(one, Method)]  # the others are objectives
 PUBLIC += [AblatedReturn]  # outside the families, since it needs TorchRL
 
 
@@ -47,6 +60,10 @@ def double(_layer, output):
 
 def above_zero(td):
     return td["input"][:, 0] > 0
+
+
+def reads_three(_path, module):
+    return getattr(module, "in_features", None) == 3
 
 
 CASES = (
@@ -83,6 +100,44 @@ CASES = (
         {"targets": [("output", 0), ("output", 1)], "rows": 6},
         {"score": "absolute"},
         {"rows": [0], "score": ["abs"], "targets": [(0,)]},
+        frozenset({("attr", "input")}),
+    ),
+    *(
+        Case(
+            kind,
+            {"targets": [("output", 0), ("output", 1)], "samples": 4, "rows": 6},
+            {"noise": 0.5},
+            {"samples": [0], "noise": [-0.1, float("nan")], "rows": [0]},
+            frozenset({("attr", "input")}),
+        )
+        for kind in (SmoothGrad, SquareGrad, VarGrad)
+    ),
+    Case(
+        GradientShap,
+        {"targets": [("output", 0), ("output", 1)], "samples": 4, "rows": 6, "baseline": "rows"},
+        {"baseline": "mean"},
+        {"samples": [0], "noise": [-0.1], "references": [0], "baseline": ["zeros"]},
+        frozenset({("attr", "input"), "delta"}),
+    ),
+    Case(
+        LayerIntegratedGradients,
+        {"layers": ("0", "1"), "targets": [("output", 0), ("output", 1)], "points": 4, "rows": 6},
+        {"points": 5},
+        {"layers": [None], "points": [0], "quadrature": ["simpson"]},
+        frozenset((what, layer) for what in ("attr", "delta") for layer in "01"),
+    ),
+    Case(
+        Conductance,
+        {"layers": ("0", "1"), "targets": [("output", 0), ("output", 1)], "points": 4, "rows": 6},
+        {"baseline": "mean"},
+        {"layers": [None], "points": [0], "baseline": ["zeros"]},
+        frozenset((what, layer) for what in ("attr", "delta") for layer in "01"),
+    ),
+    Case(
+        InputConductance,
+        {"through": reads_three, "units": (0, 2), "targets": [("output", 0), ("output", 1)], "points": 4, "rows": 6},
+        {"units": None},
+        {"through": ["", None], "units": [(), (-1,), (0.5,)], "points": [0]},
         frozenset({("attr", "input")}),
     ),
     Case(
