@@ -11,6 +11,14 @@ from tdhook_train.attribution.saliency import Saliency
 from tdhook_train.attribution.smooth_grad import SmoothGrad
 from tdhook_train.attribution.square_grad import SquareGrad
 from tdhook_train.attribution.var_grad import VarGrad
+from tdhook_train.ops.objectives import (
+    Kl,
+    LogitDifference,
+    LogProb,
+    NegativeLoss,
+    NormalLogProb,
+    TanhNormalLogProb,
+)
 
 __all__ = [
     "Conductance",
@@ -19,9 +27,15 @@ __all__ = [
     "InputConductance",
     "InputXGradient",
     "IntegratedGradients",
+    "Kl",
     "LayerIntegratedGradients",
+    "LogProb",
+    "LogitDifference",
+    "NegativeLoss",
+    "NormalLogProb",
     "Saliency",
     "SmoothGrad",
     "SquareGrad",
+    "TanhNormalLogProb",
     "VarGrad",
 ]

@@ -251,7 +251,7 @@ class Attribution(Method):
         if self.init_attr_targets is not None:
             leaves = self.init_attr_targets(outputs, inputs).flatten_keys(".")
             return {"+".join(leaves.keys()): sum(leaf.reshape(rows, -1).sum(1) for leaf in leaves.values())}
-        found = dict(explained(outputs, self.targets, model.out_keys, rows))
+        found = dict(explained(outputs, self.targets, model.out_keys, rows, inputs))
         if not self._many and len(found) != 1:
             raise TargetError(f"target {self.targets!r} has {len(found)} features; explain one, or give a list")
         return found
