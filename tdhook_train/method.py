@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -250,6 +250,8 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
+    if callable(value) and is_dataclass(value) and not isinstance(value, type):
+        return {"objective": type(value).__name__} | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if callable(value):
         return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     return value

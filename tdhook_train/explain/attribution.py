@@ -103,7 +103,7 @@ class Attribution(Method):
         rows = len(evenly_spaced(len(seen.batch), self.rows))
         for problem in self.problems(seen, model):
             for key, value in self.found(problem).items():
-                where = key if self.layers is None or key[0] == "attr" else (*path_of(key), str(problem.sites[0]))
+                where = key if self.layers is None or not isinstance(key, str) else (key, str(problem.sites[0]))
                 found[where] = self._reduced(value if self._apart else value[:, 0], key)
         return TensorDict(found, batch_size=[rows] if self.reduction == "none" else [])
 
@@ -264,7 +264,7 @@ class Attribution(Method):
         if self.init_attr_targets is not None:
             leaves = self.init_attr_targets(outputs, inputs).flatten_keys(".")
             return {"+".join(leaves.keys()): sum(leaf.reshape(rows, -1).sum(1) for leaf in leaves.values())}
-        found = dict(explained(outputs, self.targets, model.out_keys, rows))
+        found = dict(explained(outputs, self.targets, model.out_keys, rows, inputs))
         if not self._many and not self.joint and len(found) != 1:
             raise TargetError(f"target {self.targets!r} has {len(found)} features; explain one, or give a list")
         return found

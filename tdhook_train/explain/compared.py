@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from tensordict import TensorDict
@@ -16,7 +16,7 @@ from tdhook_train.keys import path_of
 from tdhook_train.method import Seen
 from tdhook_train.ops.blur import blurred
 
-__all__ = ["Compared"]
+__all__ = ["Compared", "paired"]
 
 _BASELINES = ("zero", "mean", "blur", "rows")
 _BLUR = 5.0  # pixels
@@ -38,6 +38,9 @@ class Compared(Attribution):
 
     baseline: Literal["zero", "mean", "blur", "rows"] = "zero"
     references: int = 8
+
+    one_by_one: ClassVar[bool] = True
+    """Whether references are compared with one after another; where not, a problem has all, ``[row, reference, …]``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +65,8 @@ class Compared(Attribution):
 
     def _shares(self, problem: Problem) -> Found:
         """Explain with each reference, and average."""
+        if not self.one_by_one:
+            return super()._shares(problem)
         count = next(iter(problem.baseline.values())).shape[1]
         index = torch.arange(len(problem), device=problem.device).repeat_interleave(count)
         repeated = problem.rows(index) if count > 1 else problem
@@ -101,10 +106,11 @@ def _given(problem: Problem, seen: Seen, index: Tensor) -> Point:
     found = {key: value[index] for key, value in read.items() if value is not None}
     if problem.place == "model" or not found:
         return found
-    return _paired(problem, found)
+    return paired(problem, found)
 
 
-def _paired(problem: Problem, inputs: Point) -> Point:
+def paired(problem: Problem, inputs: Point) -> Point:
+    """Return what the layers of a problem hold for other inputs, ``[row, *feature]``; the rest as it is."""
     batch = TensorDict({**problem.still, **inputs}, batch_size=[len(problem)])
     with problem.model.run(batch) as run:
         read = run.get if problem.place == "output" else run.get_input

@@ -145,10 +145,16 @@ class Problem:
 
     # ------------------------------------------------------------------ chance
 
-    def drawn(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        """Draw something for each row from a generator of its own: ``[row, ...]``, on the problem's device."""
+    def drawn(self, draw: Callable[[torch.Generator], Tensor], stream: int = 0) -> Tensor:
+        """Draw something for each row from a generator of its own: ``[row, ...]``, on the problem's device.
+
+        Args:
+            draw: from a generator.
+            stream: a number for each of the things that one method draws, which are then independent.
+        """
         generator = torch.Generator()
-        return torch.stack([draw(generator.manual_seed(seed)) for seed in self.seeds.tolist()]).to(self.device)
+        seeds = (self.seeds + stream).tolist()
+        return torch.stack([draw(generator.manual_seed(seed)) for seed in seeds]).to(self.device)
 
 
 def seeds_of(generator: torch.Generator | None, rows: int) -> Tensor:

@@ -8,6 +8,14 @@ from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
 from tdhook_train.latent.ridge_probe import RidgeProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
+from tdhook_train.ops.objectives import (
+    Kl,
+    LogitDifference,
+    LogProb,
+    NegativeLoss,
+    NormalLogProb,
+    TanhNormalLogProb,
+)
 
 __all__ = [
     "Ablate",
@@ -15,7 +23,13 @@ __all__ = [
     "ActivationCache",
     "ActivationPatching",
     "Cka",
+    "Kl",
+    "LogProb",
     "LogisticProbe",
+    "LogitDifference",
+    "NegativeLoss",
+    "NormalLogProb",
     "RidgeProbe",
     "SteeringVectors",
+    "TanhNormalLogProb",
 ]

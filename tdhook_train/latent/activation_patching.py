@@ -99,8 +99,10 @@ class ActivationPatching(Method):
             done[site] = done[twin] if same else self._patched(model, base, site, (before, after), expected)
         return _summary([done[site] for site in sites], *metrics.chunk(2))
 
-    def _columns(self, outputs: TensorDictBase, model: HookedModel) -> Mapping[str, Tensor]:
-        return explained(outputs, self.targets, model.out_keys, len(outputs))
+    def _columns(
+        self, outputs: TensorDictBase, model: HookedModel, held: TensorDictBase | None = None
+    ) -> Mapping[str, Tensor]:
+        return explained(outputs, self.targets, model.out_keys, len(outputs), held)
 
     def _metrics(self, outputs: TensorDictBase, base: TensorDict, model: HookedModel) -> Tensor:
         """Return the metrics of versions of one batch, ``[version * pair, target]``."""
@@ -110,7 +112,8 @@ class ActivationPatching(Method):
             for key, value in beside(base, self.targets, model.out_keys).items()
         }
         read = TensorDict(known, batch_size=outputs.batch_size).update(outputs) if known else outputs
-        return torch.stack(list(self._columns(read, model).values()), 1).detach()
+        held = TensorDict(known, batch_size=outputs.batch_size)
+        return torch.stack(list(self._columns(read, model, held).values()), 1).detach()
 
     def _patched(
         self, model: HookedModel, base: TensorDict, site: str, values: tuple[Tensor, Tensor], expected: TensorDictBase

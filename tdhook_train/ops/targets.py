@@ -19,6 +19,7 @@ __all__ = [
     "first_floating",
     "floating",
     "given_by",
+    "held_by",
     "label_of",
     "named",
     "read",
@@ -33,7 +34,7 @@ _MAX_COLUMNS = 64
 def label_of(target: Target) -> str:
     """Name a target for axes and tables."""
     if callable(target):
-        return getattr(target, "__name__", type(target).__name__)
+        return str(getattr(target, "label", None) or getattr(target, "__name__", type(target).__name__))
     key, features = split_key(target)
     return ".".join([dotted(key), *map(str, features)])
 
@@ -86,14 +87,40 @@ def first_floating(outputs: TensorDictBase, out_keys: Sequence[NestedKey]) -> Ne
     return out_keys[0]
 
 
-def explained(outputs: TensorDictBase, targets: Any, out_keys: Sequence[NestedKey], rows: int) -> Mapping[str, Tensor]:
+def explained(
+    outputs: TensorDictBase,
+    targets: Any,
+    out_keys: Sequence[NestedKey],
+    rows: int,
+    batch: TensorDictBase | None = None,
+) -> Mapping[str, Tensor]:
     """Read what a method explains of one network, ``[rows]`` each; the first floating output where nothing is named.
+
+    Args:
+        outputs: of the network, and what else functions read.
+        targets: as a method takes them.
+        out_keys: of the network.
+        rows: of the batch.
+        batch: what objectives hold as it is, where the network gives out something else by that name.
 
     Raises:
         TargetError: a target is no floating-point number.
     """
     wanted = first_floating(outputs, out_keys) if targets is None else targets
-    return floating(columns(outputs, given_by(named(wanted), out_keys), rows))
+    given = given_by(named(wanted), out_keys)
+    return floating(columns(outputs, {n: _holding(t, batch) for n, t in given.items()}, rows))
+
+
+def _holding(target: Target, batch: TensorDictBase | None) -> Target:
+    """Let an objective read what it holds from the batch."""
+    kept = {} if batch is None else {key: batch.get(key, None) for key in held_by(target)}
+    known = {key: value for key, value in kept.items() if value is not None}
+    return (lambda td: target(td.copy().update(known))) if known else target
+
+
+def held_by(target: Target) -> Sequence[NestedKey]:
+    """Return the keys of the batch that an objective reads, and that stay as they are there."""
+    return getattr(target, "held", ()) if callable(target) else ()
 
 
 def beside(batch: TensorDictBase, targets: Any, without: Sequence[NestedKey]) -> dict[NestedKey, Tensor]:
@@ -106,7 +133,8 @@ def beside(batch: TensorDictBase, targets: Any, without: Sequence[NestedKey]) ->
     """
     if targets is None or not any(map(callable, named(targets).values())):
         return {}
-    known = {path_of(key) for key in without}
+    held = {path_of(key) for target in named(targets).values() for key in held_by(target)}
+    known = {path_of(key) for key in without} - held
     leaves = batch.items(include_nested=True, leaves_only=True)
     return {key: value for key, value in leaves if path_of(key) not in known and isinstance(value, Tensor)}
 
@@ -125,6 +153,9 @@ def refuse_unknown(targets: Any, out_keys: Mapping[str, Sequence[NestedKey]]) ->
     for name, target in named(targets).items():
         if not given_by({name: target}, every):
             known = [dotted(key) for key in every]
+            if callable(target):
+                read = ", ".join(repr(dotted(key)) for key in target.outputs)
+                raise TargetError(f"target {name!r} reads {read}, which no network gives out; there is {known}")
             raise TargetError(f"target {name!r} is given out by no network{did_you_mean(name, known)}")
 
 
@@ -154,13 +185,11 @@ def columns(td: TensorDictBase, targets: Mapping[str, Target], rows: int) -> dic
 
 
 def given_by(targets: Mapping[str, Target], out_keys: Sequence[NestedKey]) -> dict[str, Target]:
-    """Keep the targets that one network gives out; functions always stay."""
+    """Keep the targets that one network gives out; functions stay, but for those whose ``outputs`` it lacks."""
     known = {path_of(key) for key in out_keys}
 
     def given(target: Target) -> bool:
-        if callable(target):
-            return True
-        path = path_of(split_key(target)[0])
-        return any(path[: len(name)] == name for name in known)
+        read = getattr(target, "outputs", ()) if callable(target) else [split_key(target)[0]]
+        return all(any(path_of(key)[: len(name)] == name for name in known) for key in read)
 
     return {name: target for name, target in targets.items() if given(target)}

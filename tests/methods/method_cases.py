@@ -9,8 +9,28 @@ from method_env import Answering
 from tensordict import TensorDict
 from torch import nn
 
-from tdhook_train import (Method, attribution, health, latent, metrics, weights)
-from tdhook_train.attribution import (LRP, FeatureAblation, InputXGradient, IntegratedGradients, Saliency, Greydanus, KernelShap, Lime, Occlusion, Sarfa, ShapleySampling, Sobol)
+from tdhook_train import Method, attribution, health, latent, metrics, weights
+from tdhook_train.attribution import (
+    LRP,
+    Conductance,
+    FeatureAblation,
+    GradientShap,
+    Greydanus,
+    InputConductance,
+    InputXGradient,
+    IntegratedGradients,
+    KernelShap,
+    LayerIntegratedGradients,
+    Lime,
+    Occlusion,
+    Saliency,
+    Sarfa,
+    ShapleySampling,
+    SmoothGrad,
+    Sobol,
+    SquareGrad,
+    VarGrad,
+)
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
 from tdhook_train.latent import (
     Ablate,
@@ -36,8 +56,9 @@ from tdhook_train.metrics import (
 from tdhook_train.rl import AblatedReturn
 from tdhook_train.weights import WeightDistance
 
-PUBLIC = [getattr(family, name) for family in (attribution, health, latent, weights) for name in family.__all__]
-PUBLIC += [one for name in metrics.__all__ if isinstance(one := getattr(metrics, name), type)]  # others are functions
+FAMILIES = (attribution, health, latent, metrics, weights)
+EXPORTED = [getattr(family, name) for family in FAMILIES for name in family.__all__]
+PUBLIC = [one for one in EXPORTED if isinstance(one, type) and issubclass(one, Method)]  # others are functions
 PUBLIC += [AblatedReturn]  # outside the families, since it needs TorchRL
 
 
@@ -65,6 +86,10 @@ JUDGED_NOT = [None, DeadUnits(), Saliency(reduction="mean")]
 MASKED_NOT = {"baseline": ["zeros"], "unit": ["word"], "by": ["size"], "orders": [0], "reduction": ["sum"]}
 TWO = {"targets": [("output", 0), ("output", 1)], "rows": 6}
 AB = {"groups": {"a": [0], "b": [1, 2]}}
+
+
+def reads_three(_path, module):
+    return getattr(module, "in_features", None) == 3
 
 
 CASES = (
@@ -157,6 +182,44 @@ CASES = (
         {"targets": [("output", 0), ("output", 1)], "rows": 6},
         {"score": "absolute"},
         {"rows": [0], "score": ["abs"], "targets": [(0,)]},
+        frozenset({("attr", "input")}),
+    ),
+    *(
+        Case(
+            kind,
+            {"targets": [("output", 0), ("output", 1)], "samples": 4, "rows": 6},
+            {"noise": 0.5},
+            {"samples": [0], "noise": [-0.1, float("nan")], "rows": [0]},
+            frozenset({("attr", "input")}),
+        )
+        for kind in (SmoothGrad, SquareGrad, VarGrad)
+    ),
+    Case(
+        GradientShap,
+        {"targets": [("output", 0), ("output", 1)], "samples": 4, "rows": 6, "baseline": "rows"},
+        {"baseline": "mean"},
+        {"samples": [0], "noise": [-0.1], "references": [0], "baseline": ["zeros"]},
+        frozenset({("attr", "input"), "delta"}),
+    ),
+    Case(
+        LayerIntegratedGradients,
+        {"layers": ("0", "1"), "targets": [("output", 0), ("output", 1)], "points": 4, "rows": 6},
+        {"points": 5},
+        {"layers": [None], "points": [0], "quadrature": ["simpson"]},
+        frozenset((what, layer) for what in ("attr", "delta") for layer in "01"),
+    ),
+    Case(
+        Conductance,
+        {"layers": ("0", "1"), "targets": [("output", 0), ("output", 1)], "points": 4, "rows": 6},
+        {"baseline": "mean"},
+        {"layers": [None], "points": [0], "baseline": ["zeros"]},
+        frozenset((what, layer) for what in ("attr", "delta") for layer in "01"),
+    ),
+    Case(
+        InputConductance,
+        {"through": reads_three, "units": (0, 2), "targets": [("output", 0), ("output", 1)], "points": 4, "rows": 6},
+        {"units": None},
+        {"through": ["", None], "units": [(), (-1,), (0.5,)], "points": [0]},
         frozenset({("attr", "input")}),
     ),
     Case(
