@@ -10,7 +10,17 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook_train import Method, attribution, health, latent, weights
-from tdhook_train.attribution import FeatureAblation, InputXGradient, IntegratedGradients, Saliency
+from tdhook_train.attribution import (
+    ActivationMaximisation,
+    Deconvolution,
+    DeepLift,
+    FeatureAblation,
+    GradCam,
+    GuidedBackpropagation,
+    InputXGradient,
+    IntegratedGradients,
+    Saliency,
+)
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
 from tdhook_train.latent import (
     Ablate,
@@ -36,6 +46,7 @@ class Case:
     other: dict[str, Any]
     refused: dict[str, list[Any]]
     keys: frozenset[Any]
+    activation: type[nn.Module] = nn.Tanh  # of the model, where a method goes by a certain one
 
     def method(self):
         return self.make(**self.settings)
@@ -84,6 +95,45 @@ CASES = (
         {"score": "absolute"},
         {"rows": [0], "score": ["abs"], "targets": [(0,)]},
         frozenset({("attr", "input")}),
+    ),
+    Case(
+        ActivationMaximisation,
+        {"layers": ("0", "1"), "units": (0, 1), "steps": 4, "start": "noise"},
+        {"lr": 0.2},
+        {
+            "steps": [0],
+            "lr": [0.0, float("nan")],
+            "penalty": [-1.0],
+            "start": ["zeros"],
+            "bounds": [(1.0, 0.0)],
+            "units": [(), (-1,)],
+        },
+        frozenset({("optimum", "input"), "activation", "start"}),
+    ),
+    Case(
+        DeepLift,
+        {"targets": [("output", 0), ("output", 1)], "rows": 6},
+        {"baseline": "mean"},
+        {"references": [0], "baseline": ["zeros"], "rows": [0], "targets": [(0,)]},
+        frozenset({("attr", "input"), "delta"}),
+    ),
+    Case(
+        GradCam,
+        {"targets": [("output", 0), ("output", 1)], "layers": ("0", "1"), "rows": 6},
+        {"variant": "guided"},
+        {"variant": ["both"], "rows": [0], "targets": [(0,)]},
+        frozenset({("attr", "0"), ("attr", "1")}),
+    ),
+    *(
+        Case(
+            kind,
+            {"targets": [("output", 0), ("output", 1)], "rows": 6},
+            {"rows": 5},
+            {"rows": [0], "side": ["inputs"], "targets": [(0,)]},
+            frozenset({("attr", "input")}),
+            nn.ReLU,
+        )
+        for kind in (Deconvolution, GuidedBackpropagation)
     ),
     Case(
         ActivationAddition,

@@ -11,7 +11,9 @@ from torch.testing import assert_close
 
 from tdhook_train.explain import Attribution, Compared, Perturbed
 
-ATTRIBUTIONS = [case for case in CASES if issubclass(case.make, Attribution)]
+ATTRIBUTIONS = [  # but for the one whose shares are of places of a layer, none of the inputs here
+    case for case in CASES if issubclass(case.make, Attribution) and case.make.__name__ != "GradCam"
+]
 each = pytest.mark.parametrize("case", ATTRIBUTIONS, ids=lambda case: case.make.__name__)
 
 
