@@ -224,3 +224,14 @@ def test_tensors_inside_something_are_refused():
     assert isinstance(caught.value, TdhookTrainError)
     with pytest.raises(NetworkError, match=r"Sum takes tensors in a tuple \(0\)"):
         outputs_of(model, x, {model.sum: negated})
+
+
+def test_a_rule_is_shown_what_an_in_place_module_was_given():
+    model, x, seen = nn.Sequential(nn.Linear(3, 4), nn.ELU(inplace=True), nn.Linear(4, 2)), torch.randn(5, 3), []
+
+    def shown(passed, gradient):
+        seen.append(passed.inputs[0])
+        return gradient
+
+    grads(model, x, {model[1]: shown})
+    assert_close(seen[0], model[0](x).detach())
