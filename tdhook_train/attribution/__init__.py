@@ -1,9 +1,14 @@
 """What a model's outputs rest on, feature by feature."""
 
+from tdhook_train.attribution.activation_maximisation import ActivationMaximisation
 from tdhook_train.attribution.conductance import Conductance
+from tdhook_train.attribution.deconvolution import Deconvolution
+from tdhook_train.attribution.deep_lift import DeepLift
 from tdhook_train.attribution.feature_ablation import FeatureAblation
+from tdhook_train.attribution.grad_cam import GradCam
 from tdhook_train.attribution.gradient_shap import GradientShap
 from tdhook_train.attribution.greydanus import Greydanus
+from tdhook_train.attribution.guided_backpropagation import GuidedBackpropagation
 from tdhook_train.attribution.input_conductance import InputConductance
 from tdhook_train.attribution.input_x_gradient import InputXGradient
 from tdhook_train.attribution.integrated_gradients import IntegratedGradients
@@ -23,10 +28,15 @@ from tdhook_train.ops.objectives import Kl, LogitDifference, LogProb, NegativeLo
 
 __all__ = [
     "LRP",
+    "ActivationMaximisation",
     "Conductance",
+    "Deconvolution",
+    "DeepLift",
     "FeatureAblation",
+    "GradCam",
     "GradientShap",
     "Greydanus",
+    "GuidedBackpropagation",
     "InputConductance",
     "InputXGradient",
     "IntegratedGradients",

@@ -119,7 +119,7 @@ class Masked(Judged):
         if not fits:
             shapes = {site: list(value.shape[1:]) for site, value in problem.point.items()}
             raise SettingsError(f"{type(self).__name__}: unit={self.unit!r} needs features of that kind, got {shapes}")
-        return replace(problem, groups=ids)
+        return replace(problem, groups=ids, group_count=count)
 
     def _scores(self, problem: Problem, shares: Point) -> tuple[Tensor, Tensor]:
         """Return the share of each unit, ``[row, target, unit]``, and which may be changed, ``[row, unit]``."""

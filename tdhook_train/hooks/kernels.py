@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdhook_train.hooks.reroute import Detour
 from tdhook_train.undo import Undo, devices_of, kept_buffers, kept_rng
 
 __all__ = ["layer_by_layer", "unfused", "untouched"]
@@ -19,7 +20,9 @@ __all__ = ["layer_by_layer", "unfused", "untouched"]
 def _eager(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
     """Run without compiled code, in which hooks never fire; what was compiled stays, and is not compiled again."""
     compiled = any(
-        part._compiled_call_impl is not None or "_orig_mod" in part._modules or "forward" in part.__dict__
+        part._compiled_call_impl is not None
+        or "_orig_mod" in part._modules
+        or not isinstance(part.__dict__.get("forward"), Detour | None)
         for part in modules
     )
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -222,7 +222,7 @@ class HookedModel:
             for pairs in placed.values():
                 for module, setter in pairs:
                     handles.append(place(module, side, [setter]))
-            handles += rerouted(rules or {})
+            rerouted(rules or {}, undo)
             yield
             for site, pairs in placed.items():
                 refuse_ignored(site, [setter for _, setter in pairs])

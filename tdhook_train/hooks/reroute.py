@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from tdhook_train.errors import NetworkError
 from tdhook_train.hooks.items import floating_items
+from tdhook_train.undo import Undo
 
-__all__ = ["Passed", "Rule", "rerouted"]
+__all__ = ["Detour", "Passed", "Rule", "rerouted"]
+
+_ONE = "a rule goes by tensors, and by one that is given out"
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Passed:
 
     Args:
         module: what was called.
-        inputs: the floating-point tensors among its arguments, as they were given, outside any graph.
+        inputs: the floating-point tensors among its arguments, by place or by name, as they were given, outside any
+            graph.
         output: what it gave out, likewise.
         again: runs the module on other inputs, the other arguments as they were.
         source: the call whose output is the first of the inputs, where a rule stands there too.
@@ -51,60 +55,73 @@ class _Rerouted(torch.autograd.Function):
         return None, None, *([back] if isinstance(back, Tensor) else back)
 
 
-@dataclass
-class _Detour:
-    """The hooks of one module; calls may be nested, where a module is in itself."""
+class Detour:
+    """What is called in place of a module's ``forward``, so that hooks on either side of it see the graph.
 
-    rule: Rule
-    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    Args:
+        module: whose outputs stay the same, bit for bit.
+        rule: what goes back.
+    """
 
-    def into(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keep the arguments, and let the module work on copies outside the graph."""
-        self.given.append((args, kwargs))
-        fresh = getattr(module, "inplace", False)
-        return _detached(args, fresh=fresh), _detached(kwargs, fresh=fresh)
+    def __init__(self, module: nn.Module, rule: Rule) -> None:
+        self.module, self.rule, self.forward = module, rule, module.forward
 
-    def past(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
-        """Put the output into the graph, the rule behind it."""
-        args, kwargs = self.given.pop()
-        places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
-        inputs = tuple(args[i] for i in places)
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the module on copies outside the graph, and put what it gives out into the graph, the rule behind it.
+
+        Raises:
+            NetworkError: it takes or gives out tensors inside something else, which no rule can tell apart.
+        """
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        self._refuse_nested(given)
+        places = [key for key, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()]
+        inputs = tuple(given[key] for key in places)
+        inplace = bool(getattr(self.module, "inplace", False))
+        fresh = _outside(given, copied=inplace)
+        outside = tuple(fresh[key].clone() if inplace else fresh[key] for key in places)
+        with torch.no_grad():
+            output = self._called(fresh)
+        if not isinstance(output, Tensor):
+            count = len(list(floating_items(output)))
+            raise NetworkError(f"{self._title} gives out {count} tensors in a {type(output).__name__}; {_ONE}")
 
         def again(*values: Tensor) -> Tensor:
-            new = list(_detached(args, fresh=False))
-            for i, value in zip(places, values, strict=True):
-                new[i] = value
             with torch.enable_grad():
-                return module.forward(*new, **_detached(kwargs, fresh=False))
+                new = [value.clone() for value in values] if inplace else values
+                return self._called(_outside(given, copied=inplace) | dict(zip(places, new, strict=True)))
 
-        outside = tuple(value.detach() for value in inputs)
-        if isinstance(output, Tensor):
-            source = getattr(inputs[0].grad_fn, "passed", None) if inputs else None
-            return _Rerouted.apply(self.rule, Passed(module, outside, output.detach(), again, source), *inputs)
-        tensors = [tensor for _, tensor in floating_items(output)]
-        raise TypeError(f"{type(module).__name__} gives out {len(tensors)} tensors, and a rule goes by one")
+        source = getattr(inputs[0].grad_fn, "passed", None) if inputs else None
+        passed = Passed(self.module, outside, output.detach(), again, source)
+        found: Any = _Rerouted.apply(self.rule, passed, *inputs)
+        if inplace and inputs and not (inputs[0].is_leaf and inputs[0].requires_grad):
+            return inputs[0].copy_(found)  # the caller may go on with what it passed in
+        return found
+
+    def _called(self, given: dict[Any, Any]) -> Any:
+        args = [value for key, value in given.items() if isinstance(key, int)]
+        return self.forward(*args, **{key: value for key, value in given.items() if not isinstance(key, int)})
+
+    def _refuse_nested(self, given: dict[Any, Any]) -> None:
+        for key, value in given.items():
+            if not isinstance(value, Tensor) and any(tensor.requires_grad for _, tensor in floating_items(value)):
+                raise NetworkError(f"{self._title} takes tensors in a {type(value).__name__} ({key!r}); {_ONE}")
+
+    @property
+    def _title(self) -> str:
+        return type(self.module).__name__
 
 
-def rerouted(rules: Mapping[nn.Module, Rule]) -> list[RemovableHandle]:
+def rerouted(rules: Mapping[nn.Module, Rule], undo: Undo) -> None:
     """Give modules another way back; what they give out stays the same, bit for bit.
 
     Args:
         rules: by module. The module itself runs outside the graph, so that its parameters get no gradient.
-
-    Returns:
-        the handles of the hooks, to be removed.
+        undo: takes the changes back.
     """
-    handles = []
     for module, rule in rules.items():
-        detour = _Detour(rule)
-        handles.append(module.register_forward_pre_hook(detour.into, with_kwargs=True))
-        handles.append(module.register_forward_hook(detour.past, with_kwargs=True))
-    return handles
+        undo.set(module, "forward", Detour(module, rule))
 
 
-def _detached(given: Any, *, fresh: bool) -> Any:
-    if isinstance(given, Tensor):
-        return given.detach().clone() if fresh else given.detach()
-    if type(given) in (tuple, list):
-        return type(given)(_detached(one, fresh=fresh) for one in given)
-    return {key: _detached(one, fresh=fresh) for key, one in given.items()} if type(given) is dict else given
+def _outside(given: dict[Any, Any], *, copied: bool) -> dict[Any, Any]:
+    out = {key: value.detach() if isinstance(value, Tensor) else value for key, value in given.items()}
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in out.items()} if copied else out

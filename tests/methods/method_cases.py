@@ -12,10 +12,15 @@ from torch import nn
 from tdhook_train import Method, attribution, health, latent, metrics, weights
 from tdhook_train.attribution import (
     LRP,
+    ActivationMaximisation,
     Conductance,
+    Deconvolution,
+    DeepLift,
     FeatureAblation,
+    GradCam,
     GradientShap,
     Greydanus,
+    GuidedBackpropagation,
     InputConductance,
     InputXGradient,
     IntegratedGradients,
@@ -69,6 +74,7 @@ class Case:
     other: dict[str, Any]
     refused: dict[str, list[Any]]
     keys: frozenset[Any]
+    activation: type[nn.Module] = nn.Tanh  # of the model, where a method goes by a certain one
 
     def method(self):
         return self.make(**self.settings)
@@ -291,6 +297,45 @@ CASES = (
         {"bins": (0.5,)},
         {"of": JUDGED_NOT, "bins": [(), (0.0,), (1.5,)]} | MASKED_NOT,
         frozenset(Sufficiency.writes),
+    ),
+    Case(
+        ActivationMaximisation,
+        {"layers": ("0", "1"), "units": (0, 1), "steps": 4, "start": "noise"},
+        {"lr": 0.2},
+        {
+            "steps": [0],
+            "lr": [0.0, float("nan")],
+            "penalty": [-1.0],
+            "start": ["zeros"],
+            "bounds": [(1.0, 0.0)],
+            "units": [(), (-1,)],
+        },
+        frozenset({("optimum", "input"), "activation", "start"}),
+    ),
+    Case(
+        DeepLift,
+        {"targets": [("output", 0), ("output", 1)], "rows": 6},
+        {"baseline": "mean"},
+        {"references": [0], "baseline": ["zeros"], "rows": [0], "targets": [(0,)]},
+        frozenset({("attr", "input"), "delta"}),
+    ),
+    Case(
+        GradCam,
+        {"targets": [("output", 0), ("output", 1)], "layers": ("0", "1"), "rows": 6},
+        {"variant": "guided"},
+        {"variant": ["both"], "rows": [0], "targets": [(0,)]},
+        frozenset({("attr", "0"), ("attr", "1")}),
+    ),
+    *(
+        Case(
+            kind,
+            {"targets": [("output", 0), ("output", 1)], "rows": 6},
+            {"rows": 5},
+            {"rows": [0], "side": ["inputs"], "targets": [(0,)]},
+            frozenset({("attr", "input")}),
+            nn.ReLU,
+        )
+        for kind in (Deconvolution, GuidedBackpropagation)
     ),
     Case(
         ActivationAddition,

@@ -51,7 +51,7 @@ def test_a_list_of_layers_is_the_tuple_of_them(case):
 @each
 def test_it_writes_what_it_declares_and_names_every_dimension(case):
     td, method = batch(), case.method()
-    out = measured(method, mlp(3, 5, 2), td)
+    out = measured(method, mlp(3, 5, 2, activation=case.activation), td)
     written = set(out.keys(True, True)) - set(td.keys(True, True)) - {"output"}
     assert written == case.keys
     for key in written:
@@ -101,9 +101,9 @@ def test_a_model_in_training_is_left_as_found(case):
 class Failing(nn.Module):
     """Fails from its third pass on: in the method, after the trace and the shared pass."""
 
-    def __init__(self, error, after):
+    def __init__(self, error, after, activation):
         super().__init__()
-        self.inner, self.error, self.left = mlp(3, 5, 2), error, after
+        self.inner, self.error, self.left = mlp(3, 5, 2, activation=activation), error, after
 
     def forward(self, x):
         h = self.inner[0](x)
@@ -117,7 +117,7 @@ class Failing(nn.Module):
 @pytest.mark.parametrize("error", [RuntimeError("in the pass"), KeyboardInterrupt()])
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_the_model_is_left_as_found_where_a_pass_fails(case, error, after):
-    model, td = Failing(error, after), batch()
+    model, td = Failing(error, after, case.activation), batch()
     settings = case.settings | ({"layers": ("inner.0", "inner.1")} if "layers" in case.settings else {})
     before = everything(model, td)
     try:
@@ -155,7 +155,7 @@ def test_a_layer_that_is_not_there_is_refused(case):
 
 @each
 def test_the_same_twice(case):
-    model, td, method = mlp(3, 5, 2), batch(), case.method()
+    model, td, method = mlp(3, 5, 2, activation=case.activation), batch(), case.method()
     with method.prepare(model) as hooked:
         one, two = hooked(td), hooked(td)
     for key in case.keys:
