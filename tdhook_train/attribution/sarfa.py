@@ -70,7 +70,7 @@ def _sarfa(before: Tensor, after: Tensor, action: Tensor) -> Tensor:
     """Score one action of each row: ``[row, version]``."""
     before = before[:, None]
     own = torch.zeros_like(before, dtype=torch.bool).scatter(2, action[:, None, None], True)  # [row, 1, action]
-    drop = ((before.softmax(2) - after.softmax(2)) * own).sum(2).clamp(min=0)
+    drop = ((before.softmax(2) - after.softmax(2)) * own).sum(2)
     was, now = (logits.masked_fill(own, -torch.inf).log_softmax(2) for logits in (before, after))
     # KL(P_rem(x') || P_rem(x)), over the other actions
     share = now.exp()

@@ -135,6 +135,12 @@ def test_masks_layers_and_references():
     mask = torch.zeros(3, 2, 8, 10, dtype=torch.bool)
     td = TensorDict({"input": x, "mask": {"input": mask}}, [3])
     assert measured(Greydanus(**GRID), model, td)["attr", "input"].eq(0).all()
+    mask[..., :5] = True
+    found = measured(Greydanus(**GRID), model, TensorDict({"input": x, "mask": {"input": mask}}, [3]))["attr", "input"]
+    for row, image in enumerate(x):
+        expected = map_by_hand(lambda moved, image=image: model(torch.where(mask[0], moved, image)), image, l_of_pi)
+        expected = expected * mask[0]
+        assert_close(found[row], expected, atol=1e-7, rtol=2e-4)
     layer = measured(Greydanus(**GRID, layers="0"), model, td_of(input=x))["attr", "0"]
     tail = nn.Sequential(*list(model)[1:])
     inside = measured(Greydanus(**GRID), tail, td_of(input=model[0](x).detach()))["attr", "input"]
