@@ -10,7 +10,14 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook_train import Method, attribution, health, latent, weights
-from tdhook_train.attribution import FeatureAblation, InputXGradient, IntegratedGradients, Saliency
+from tdhook_train.attribution import (
+    ConceptAttribution,
+    FeatureAblation,
+    InputXGradient,
+    IntegratedGradients,
+    Saliency,
+    Tcav,
+)
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
 from tdhook_train.latent import (
     Ablate,
@@ -84,6 +91,35 @@ CASES = (
         {"score": "absolute"},
         {"rows": [0], "score": ["abs"], "targets": [(0,)]},
         frozenset({("attr", "input")}),
+    ),
+    Case(
+        ConceptAttribution,
+        {"attribution": Saliency(targets=[("output", 0), ("output", 1)], rows=6), "at": "0", "concept": above_zero},
+        {"cav": "logistic"},
+        {
+            "attribution": [3, FeatureAblation()],
+            "direction": [(1.0, 0.0)],
+            "cav": ["means"],
+            "C": [0.0],
+            "concept": [(0,)],
+            "explains": ["output", "concept"],
+        },
+        frozenset({("attr", "input"), ("direction", "0")}),
+    ),
+    Case(
+        Tcav,
+        {"layers": ("0", "1"), "concept": above_zero, "targets": [("output", 0), ("output", 1)], "nulls": 5},
+        {"cav": "logistic"},
+        {
+            "concept": [None, (0,)],
+            "among": [(0,)],
+            "cav": ["means"],
+            "C": [0.0],
+            "nulls": [-1, 1],
+            "reduction": ["mean"],
+            "side": ["input"],
+        },
+        frozenset(Tcav.writes),
     ),
     Case(
         ActivationAddition,
