@@ -31,18 +31,18 @@ image = (torch.tensor(pixels).permute(2, 0, 1)[None].float() - 127) / 128  # wha
 
 with torch.no_grad():
     share, best = model(image).softmax(1)[0].max(0)
-print(f"class {int(best)}: {share:.2f}")
-with IntegratedGradients(targets=("output", int(best)), points=32, rows_per_pass=8).prepare(model) as explained:
+print(f"class {int(best)}: {share:.2f}", flush=True)
+with IntegratedGradients(targets=("output", int(best)), points=16, rows_per_pass=4).prepare(model) as explained:
     shares = explained(TensorDict(input=image, batch_size=[1]))["attr", "input"].sum(1, keepdim=True)  # of its colours
 
 # Is it so? Take out one patch after another, those with the largest shares first or at random.
 patches = avg_pool2d(shares, PATCH).flatten()
 orders = {"largest shares first": [patches.argsort(descending=True)]}
-orders["in random order"] = [torch.randperm(len(patches), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+orders["in random order"] = [torch.randperm(len(patches), generator=torch.Generator().manual_seed(i)) for i in range(2)]
 for name, several in orders.items():
     left = []
     for order in several:
-        gone = torch.stack([order.argsort() < n for n in range(0, len(order) + 1, 14)])
+        gone = torch.stack([order.argsort() < n for n in range(0, len(order) + 1, 28)])
         keep = interpolate((~gone).float().view(-1, 1, 224 // PATCH, 224 // PATCH), scale_factor=PATCH)
         with torch.no_grad():
             left += [model(image * part[None])[0, best] for part in keep]

@@ -32,9 +32,8 @@ class ConceptAttribution(Method):
 
     At the layer, of all that comes back from the output only the gradient along the direction goes on to the inputs
     (at every position of an image or a sequence). Over an orthonormal basis of directions the shares add up to those
-    of the attribution alone. What passes beside the layer, in a residual connection say,
-    does not count as flowing through
-    the concept, yet goes on: choose a layer that everything goes through.
+    of the attribution alone. What passes beside the layer, in a residual connection say, goes on as it is: choose a
+    layer that everything goes through.
 
     Costs what the attribution costs, and for a regression its fit.
 
