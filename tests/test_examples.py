@@ -184,3 +184,11 @@ def test_lightning_cli(tmp_path: Path) -> None:
         assert buffer["probe"].steps.tolist() == [0, 20, 40, 60, 80, 100]
     with ArtifactBuffer.open(tmp_path / "tdhook" / "attribution") as buffer:
         assert buffer["attribution"][0]["attr", "input"].shape[0] == 32
+
+
+def test_two_heads() -> None:
+    shape, *each = ran("two_heads")
+    assert shape == "shares of both: [8, 2, 112, 8, 8]"
+    assert [line.split(":")[0] for line in each] == ["move 340", "value"]
+    for line in each:
+        assert float(line.split("differ by ")[1].split()[0]) < 1e-4

@@ -1,6 +1,7 @@
 """What a model's outputs rest on, feature by feature."""
 
 from tdhook_train.attribution.activation_maximisation import ActivationMaximisation
+from tdhook_train.attribution.concept_attribution import ConceptAttribution
 from tdhook_train.attribution.conductance import Conductance
 from tdhook_train.attribution.deconvolution import Deconvolution
 from tdhook_train.attribution.deep_lift import DeepLift
@@ -23,12 +24,14 @@ from tdhook_train.attribution.shapley_sampling import ShapleySampling
 from tdhook_train.attribution.smooth_grad import SmoothGrad
 from tdhook_train.attribution.sobol import Sobol
 from tdhook_train.attribution.square_grad import SquareGrad
+from tdhook_train.attribution.tcav import Tcav
 from tdhook_train.attribution.var_grad import VarGrad
 from tdhook_train.ops.objectives import Kl, LogitDifference, LogProb, NegativeLoss, NormalLogProb, TanhNormalLogProb
 
 __all__ = [
     "LRP",
     "ActivationMaximisation",
+    "ConceptAttribution",
     "Conductance",
     "Deconvolution",
     "DeepLift",
@@ -56,5 +59,6 @@ __all__ = [
     "Sobol",
     "SquareGrad",
     "TanhNormalLogProb",
+    "Tcav",
     "VarGrad",
 ]

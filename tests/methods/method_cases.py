@@ -13,6 +13,7 @@ from tdhook_train import Method, attribution, health, latent, metrics, weights
 from tdhook_train.attribution import (
     LRP,
     ActivationMaximisation,
+    ConceptAttribution,
     Conductance,
     Deconvolution,
     DeepLift,
@@ -34,6 +35,7 @@ from tdhook_train.attribution import (
     SmoothGrad,
     Sobol,
     SquareGrad,
+    Tcav,
     VarGrad,
 )
 from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
@@ -336,6 +338,35 @@ CASES = (
             nn.ReLU,
         )
         for kind in (Deconvolution, GuidedBackpropagation)
+    ),
+    Case(
+        ConceptAttribution,
+        {"attribution": Saliency(targets=[("output", 0), ("output", 1)], rows=6), "at": "0", "concept": above_zero},
+        {"cav": "logistic"},
+        {
+            "attribution": [3, FeatureAblation()],
+            "direction": [(1.0, 0.0)],
+            "cav": ["means"],
+            "C": [0.0],
+            "concept": [(0,)],
+            "explains": ["output", "concept"],
+        },
+        frozenset({("attr", "input"), ("direction", "0")}),
+    ),
+    Case(
+        Tcav,
+        {"layers": ("0", "1"), "concept": above_zero, "targets": [("output", 0), ("output", 1)], "nulls": 5},
+        {"cav": "logistic"},
+        {
+            "concept": [None, (0,)],
+            "among": [(0,)],
+            "cav": ["means"],
+            "C": [0.0],
+            "nulls": [-1, 1],
+            "reduction": ["mean"],
+            "side": ["input"],
+        },
+        frozenset(Tcav.writes),
     ),
     Case(
         ActivationAddition,

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from tdhook_train.explain import Attribution, Compared, Perturbed
 
-OTHERS = ("Conductance", "GradCam", "LayerIntegratedGradients")  # whose shares are of a layer's units or places
+OTHERS = ("Conductance", "GradCam", "LayerIntegratedGradients", "Tcav")  # which say nothing of single inputs
 ATTRIBUTIONS = [case for case in CASES if issubclass(case.make, Attribution) and case.make.__name__ not in OTHERS]
 each = pytest.mark.parametrize("case", ATTRIBUTIONS, ids=lambda case: case.make.__name__)
 
