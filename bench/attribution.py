@@ -103,17 +103,17 @@ def sides(what: str, model: nn.Module, x: Tensor, targets: int) -> dict[str, Sid
     if what == "integrated gradients, 50 points":
         found[OURS] = ours(attribution.IntegratedGradients(targets=wanted), model, x)
         largest = max(part.out_features for part in model if isinstance(part, nn.Linear))
-        at_once = max(rows, min(2048, 2**20 // largest))
+        at_once = max(rows, min(4096, 2**20 // largest))
         how = {"n_steps": 50, "method": "gausslegendre", "internal_batch_size": at_once}
         found |= {"captum": captums("IntegratedGradients", model, x, targets, **how)} if has["captum"] else {}
         return found | ({"TDHook": tdhooks(model, x, targets, 50)} if has["tdhook"] else {})
     if what == "LRP, epsilon-plus":
-        found[OURS] = ours(attribution.LRP(targets=wanted, composite="epsilon-plus"), model, x)
+        found[OURS] = ours(attribution.LRP(targets=wanted, composite="epsilon_plus"), model, x)
         return found | ({"zennit": zennits(model, x, targets)} if has["zennit"] else {})
     peer = {"feature ablation": "FeatureAblation", "Shapley sampling, 25": "ShapleyValueSampling"}[what]
     kind, how, extra = attribution.FeatureAblation, {}, {}
     if peer == "ShapleyValueSampling":
-        kind, how, extra = attribution.ShapleySampling, {"samples": 25}, {"n_samples": 25}
+        kind, how, extra = attribution.ShapleySampling, {"permutations": 25}, {"n_samples": 25}
     found[OURS] = ours(kind(targets=wanted, **how), model, x)
     return found | ({"captum": captums(peer, model, x, targets, **extra)} if has["captum"] else {})
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from tdhook_train.errors import SettingsError
 from tdhook_train.explain import Attribution, Compared, Found, Point, Problem
-from tdhook_train.explain.here import gradients_here
+from tdhook_train.explain.here import gradients_in_place
 from tdhook_train.explain.integrated import Integrated, summed
 from tdhook_train.hooks import Selection
 from tdhook_train.keys import path_of
@@ -77,7 +77,7 @@ def _flows(problem: Problem, way: Point, inputs: Point, index: Tensor, weight: T
     at = problem.rows(index)
     at = replace(at, still=at.still | inputs)
     speeds = _speeds(at, inputs, {key: step[index] for key, step in way.items()})
-    slopes = gradients_here(at)
+    slopes = gradients_in_place(at)
     for target in range(len(problem.names)):
         yield {
             site: slopes[site][:, target] * speed * weight.to(speed.dtype).view(-1, *[1] * (speed.ndim - 1))

@@ -24,7 +24,7 @@ from tdhook_train.ops.units import evenly_spaced
 __all__ = ["Attribution", "one_of"]
 
 _IMAGE = ("channel", "height", "width")
-_LEAST_ROWS, _MOST_ROWS = 32, 2048
+_LEAST_ROWS, _MOST_ROWS = 32, 4096
 _IN_CACHE = 2**20  # numbers
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tdhook_train.explain.problem import Point, Problem, Rules
 
-__all__ = ["gradients_here"]
+__all__ = ["gradients_here", "gradients_in_place"]
 
 
 def gradients_here(problem: Problem, rules: Rules | None = None) -> Point:
@@ -23,6 +23,16 @@ def gradients_here(problem: Problem, rules: Rules | None = None) -> Point:
     if problem.place == "model" or len(problem.sites) == 1:
         each = list(problem.gradients(problem.point, rules=rules))
         return {site: torch.stack([one[site] for one in each], 1) for site in problem.sites}
+    return gradients_in_place(problem, rules)
+
+
+def gradients_in_place(problem: Problem, rules: Rules | None = None) -> Point:
+    """Differentiate every target at every layer, with the values that a pass over the problem's inputs gives them.
+
+    Args:
+        problem: where and what; its values at the layers are not looked at.
+        rules: the way back of some modules.
+    """
     batch, found = TensorDict(problem.still, batch_size=[len(problem)]), dict[str, Tensor]()
 
     def total(outputs: TensorDictBase, name: str) -> Tensor:

@@ -76,9 +76,8 @@ class Integrated(Attribution):
         slopes = self.integral(problem, problem.baseline, problem.point, problem.gradients)
         way = {site: (end - problem.baseline[site])[:, None] for site, end in problem.point.items()}
         attr = {site: slopes[site] * step for site, step in way.items()}
-        rise = problem.values(problem.point) - problem.values(problem.baseline)
         found: Found = {("attr", *path_of(site)): value for site, value in attr.items()}
-        return found | {"delta": summed(attr) - rise}
+        return found | {"delta": summed(attr) - problem.rise()}
 
 
 def summed(attr: Point) -> Tensor:

@@ -95,7 +95,11 @@ class Problem:
     # ------------------------------------------------------------------ the function
 
     def __call__(self, point: Point, index: Tensor | None = None, rules: Rules | None = None) -> Tensor:
-        """Return the targets ``[n, target]`` for n versions of the values; with a graph where gradients are on.
+        """Return the targets ``[n, target]``, see :meth:`columns`."""
+        return torch.stack(self.columns(point, index, rules), 1)
+
+    def columns(self, point: Point, index: Tensor | None = None, rules: Rules | None = None) -> list[Tensor]:
+        """Return the targets, ``[n]`` each, for n versions of the values; with a graph where gradients are on.
 
         Args:
             point: ``[n, *feature]`` at each site.
@@ -113,7 +117,7 @@ class Problem:
             values = {str(site): value for site, value in point.items()}
             with self.model.bent(values, side=self.place, rules=rules):
                 outputs = self.model.forward(batch)
-        return torch.stack(list(self.read(outputs, batch).values()), 1)
+        return list(self.read(outputs, batch).values())
 
     def values(self, point: Point, index: Tensor | None = None) -> Tensor:
         """Return the targets ``[n, target]`` without a graph, in passes of at most :attr:`at_once` rows."""
@@ -122,6 +126,12 @@ class Problem:
         with torch.no_grad():
             parts = torch.arange(n, device=self.device).split(self.at_once)
             return torch.cat([self(_rows(point, part), index[part]) for part in parts])
+
+    def rise(self) -> Tensor:
+        """Return the targets ``[row, target]`` less those at the baseline."""
+        both = {site: torch.cat([value, self.baseline[site]]) for site, value in self.point.items()}
+        high, low = self.values(both, torch.arange(len(self), device=self.device).repeat(2)).chunk(2)
+        return high - low
 
     def gradients(
         self,
@@ -140,7 +150,7 @@ class Problem:
         """
         with torch.inference_mode(False), torch.enable_grad():
             leaves = {site: _leaf(value) for site, value in point.items()}
-            found = self(leaves, index, rules)
+            found = self.columns(leaves, index, rules)
         yield from _gradients(found, leaves, weight)
 
     # ------------------------------------------------------------------ chance
@@ -172,15 +182,15 @@ def _leaf(value: Tensor) -> Tensor:
     return value.requires_grad_() if value.is_floating_point() else value
 
 
-def _gradients(found: Tensor, leaves: Point, weight: Tensor | None) -> Iterator[Point]:
+def _gradients(columns: list[Tensor], leaves: Point, weight: Tensor | None) -> Iterator[Point]:
     """Differentiate column by column; zeros where a column does not depend on a value."""
-    weight = torch.ones_like(found[:, 0]) if weight is None else weight.to(found.dtype)
     moving = {site: leaf for site, leaf in leaves.items() if leaf.requires_grad}
-    for i, column in enumerate(found.unbind(1)):
+    for i, column in enumerate(columns, 1):
         grads: Any = [None] * len(moving)
         if column.requires_grad:
-            more = i < found.shape[1] - 1
-            grads = torch.autograd.grad(column, list(moving.values()), weight, retain_graph=more, allow_unused=True)
+            along = torch.ones_like(column) if weight is None else weight.to(column.dtype)
+            more = i < len(columns)
+            grads = torch.autograd.grad(column, list(moving.values()), along, retain_graph=more, allow_unused=True)
         yield {
             site: torch.zeros_like(leaf) if grad is None else grad
             for (site, leaf), grad in zip(moving.items(), grads, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 __all__ = ["RULES", "gauss_legendre"]
 
 
+@lru_cache(maxsize=64)
 def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
     """Return the n points and weights that integrate every polynomial of degree 2n - 1 exactly, float64."""
     x, w = np.polynomial.legendre.leggauss(n)

@@ -177,6 +177,9 @@ def columns(td: TensorDictBase, targets: Mapping[str, Target], rows: int) -> dic
         value = read(td, target)
         if value.shape[:1] != (rows,):
             raise TargetError(f"target {name!r} has {tuple(value.shape)}; its first dimension must be the {rows} rows")
+        if value.ndim == 1:  # without a step in the graph
+            out[name] = value
+            continue
         flat = value.reshape(rows, -1)
         if flat.shape[1] > _MAX_COLUMNS:
             raise TargetError(f"target {name!r} has {flat.shape[1]} features; name those wanted: ({name!r}, 0), …")
