@@ -97,6 +97,7 @@ def test_live_edits(tmp_path: Path) -> None:
     assert buffer["redo"].steps.tolist() == buffer["health"].steps[crossed].tolist()
 
 
+@pytest.mark.slow
 def test_sweep_checkpoints(tmp_path: Path) -> None:
     assert ran("sweep_checkpoints", str(tmp_path))[-1] == "differences: []"
     with ArtifactBuffer.open(tmp_path / "after") as after:
@@ -153,6 +154,7 @@ def test_when_did_it_learn(tmp_path: Path) -> None:
     assert float(r2.sel(step=round(steps[1]), method="bfill")) > 0.3 > 0.1 > float(r2.sel(step=8))
 
 
+@pytest.mark.slow
 def test_fabric_loop(tmp_path: Path) -> None:
     out = [line for line in ran("fabric_loop", str(tmp_path)) if line.startswith("step ")]
     r2 = ArtifactBuffer.open(tmp_path)["probe"].to_xarray().r2.sel(target="product")
@@ -172,6 +174,7 @@ def test_lightning_heads(tmp_path: Path) -> None:
     assert closed[-1].amax() > 0.4 > 0.2 > closed[-1].amin()  # by some heads, and not by others
 
 
+@pytest.mark.slow
 def test_lightning_cli(tmp_path: Path) -> None:
     ran(
         "lightning_cli",

@@ -116,7 +116,7 @@ def rows(path: Path) -> dict[str, Any]:
     return out
 
 
-@pytest.mark.parametrize("name", ["ClipPPOLoss", "SACLoss"])
+@pytest.mark.parametrize("name", ["ClipPPOLoss", pytest.param("SACLoss", marks=pytest.mark.slow)])
 def test_the_numbers_are_those_of_the_foreground_bit_for_bit(name, tmp_path):
     scale = 2.0  # a closure of this function goes to the other process as well
     probe = RidgeProbe(target={"scaled": lambda td: td["observation"][:, 0] * scale}, shifts=19, folds=2)

@@ -20,6 +20,8 @@ from torch import nn
 from tdhook_train import At, Every, Method, Observer, ProbeSet
 from tdhook_train.errors import NetworkError, WorkerError
 
+pytestmark = pytest.mark.slow  # each begins a process of its own
+
 EVERY_STEP = At(0) | Every(optim_steps=1)
 
 
