@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tdhook_train.explain import Found, Point, Problem
 from tdhook_train.explain.judged import Judged, in_one, repeatable
 from tdhook_train.hooks import HookedModel, Selection
-from tdhook_train.hooks.paths import is_pattern, module_at, selectors
+from tdhook_train.hooks.paths import module_at
+from tdhook_train.hooks.weighted import with_weights
 from tdhook_train.isolation import private_copy
 from tdhook_train.method import Seen
 from tdhook_train.ops.join import Labels
@@ -55,7 +56,7 @@ class CascadingRandomisation(Judged):
 
     def concerns(self, model: HookedModel) -> bool:
         """Whether the network has such layers with weights, beside what the attribution asks."""
-        return bool(self._modules(model)) and self.of.concerns(model)
+        return bool(with_weights(model, self.layers)) and self.of.concerns(model)
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """The layers, from the output downwards."""
@@ -70,7 +71,7 @@ class CascadingRandomisation(Judged):
         """Explain the network, then its copy after each layer."""
         again = repeatable(seen)
         generator = seen.generator or torch.Generator().manual_seed(0)
-        twin, blocks = private_copy(model.module), self._modules(model)
+        twin, blocks = private_copy(model.module), with_weights(model, self.layers)
         copied = model.on(twin)
         copied.trace(seen.batch)
         original, alike = self.shares(again(), model), list[Found]()
@@ -93,19 +94,6 @@ class CascadingRandomisation(Judged):
         """Not needed: all is said by the shares of other weights."""
         raise NotImplementedError
 
-    def _modules(self, model: HookedModel) -> dict[str, bool]:
-        """Return the paths of the layers with weights, and of each whether all that lies below it counts."""
-        found: dict[str, bool] = {}
-        for selector in selectors(self.layers):
-            if not model.has(selector):
-                continue  # of another network
-            below = isinstance(selector, str) and not is_pattern(selector)
-            own = [("", model.module)] if selector == "**" else []  # parameters that lie in no part of it
-            for path, module in [*own, *model.chosen(selector)]:
-                if any(True for _ in module.parameters(recurse=below)):
-                    found.setdefault(path, below)
-        return found
-
     def _cascade(self, model: HookedModel) -> list[str]:
         """Return the paths in the order of the cascade: what ran last comes first, what never ran not at all."""
         last = {path: place for place, site in enumerate(model.traced) for path in site.paths}
@@ -113,7 +101,7 @@ class CascadingRandomisation(Judged):
         def ran(path: str) -> int:
             return max((at for one, at in last.items() if not path or f"{one}.".startswith(f"{path}.")), default=-1)
 
-        places = {path: ran(path) for path in self._modules(model)}
+        places = {path: ran(path) for path in with_weights(model, self.layers)}
         return sorted((path for path, place in places.items() if place >= 0), key=places.__getitem__, reverse=True)
 
 

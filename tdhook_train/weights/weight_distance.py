@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel, Selection
-from tdhook_train.hooks.paths import is_pattern, selectors
+from tdhook_train.hooks.weighted import with_weights
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
 
@@ -88,16 +88,9 @@ class WeightDistance(Method):
 
     def _modules(self, model: HookedModel) -> dict[str, tuple[nn.Module, bool]]:
         """Return the layers by label, and of each whether all that lies below it counts."""
-        found: dict[str, tuple[nn.Module, bool]] = {}
-        for selector in selectors(self.layers):
-            if not model.has(selector):
-                continue  # of another network
-            below = isinstance(selector, str) and not is_pattern(selector)
-            own = [("", model.module)] if selector == "**" else []  # parameters that lie in no part of it
-            for path, module in [*own, *model.chosen(selector)]:
-                if any(True for _ in module.parameters(recurse=below)):
-                    found.setdefault(path or type(module).__name__, (module, below))
-        return found
+        found = with_weights(model, self.layers)
+        modules = {path: model.module_of(path) for path in found}
+        return {path or type(model.module).__name__: (modules[path], below) for path, below in found.items()}
 
     def _vectors(self, model: HookedModel) -> dict[str, Tensor]:
         return {
