@@ -18,6 +18,7 @@ from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.keys import path_of
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
+from tdhook_train.ops.slopes import slopes
 from tdhook_train.ops.targets import beside, explained, named
 
 __all__ = ["ActivationMaximisation"]
@@ -110,8 +111,9 @@ class ActivationMaximisation(Method):
                 leaves = {key: value.detach().requires_grad_() for key, value in point.items()}
                 reached = self._own(leaves, rest, which, model)
                 before = reached.detach() if before is None else before
-                grads = _gradients(reached, leaves)
-                point = {key: self._stepped(leaves[key].detach(), grad) for key, grad in grads.items()}
+                grads = slopes(reached.sum(), list(leaves.values()))
+                steps = zip(leaves.items(), grads, strict=True)
+                point = {key: self._stepped(leaf.detach(), grad) for (key, leaf), grad in steps}
             after = self._own(point, rest, which, model).detach()
         found: dict[NestedKey, Any] = {("optimum", *path_of(key)): value for key, value in point.items()}
         return found | {"activation": after, "start": before}
@@ -187,14 +189,3 @@ class ActivationMaximisation(Method):
         still = {key: seen.batch.get(key)[:1] for key in model.in_keys if key not in moved}
         read = beside(seen.batch, self.targets, [*model.in_keys, *model.out_keys])
         return still | {key: value[:1] for key, value in read.items()}
-
-
-def _gradients(reached: Tensor, leaves: Point) -> Point:
-    """Differentiate what each row reached by that row's inputs; zeros where it does not depend on them."""
-    grads: Any = [None] * len(leaves)
-    if reached.requires_grad:
-        grads = torch.autograd.grad(reached.sum(), list(leaves.values()), allow_unused=True)
-    return {
-        key: torch.zeros_like(leaf) if grad is None else grad
-        for (key, leaf), grad in zip(leaves.items(), grads, strict=True)
-    }

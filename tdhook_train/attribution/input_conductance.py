@@ -15,6 +15,7 @@ from tdhook_train.explain.integrated import Integrated
 from tdhook_train.hooks import HookedModel
 from tdhook_train.hooks.paths import Selector, shown
 from tdhook_train.keys import path_of
+from tdhook_train.ops.slopes import slopes
 
 __all__ = ["InputConductance"]
 
@@ -93,8 +94,8 @@ class InputConductance(Integrated, Compared):
         units = calls[0]
         kept = self._kept(problem.model, site, units) * weight.to(units.dtype).view(-1, *[1] * (units.ndim - 1))
         for column in found.unbind(1):
-            (slope,) = _back(column.sum(), units)
-            yield dict(zip(leaves, _back(units, list(leaves.values()), slope * kept), strict=True))
+            (slope,) = slopes(column.sum(), [units], keep=True)
+            yield dict(zip(leaves, slopes(units, list(leaves.values()), slope * kept, keep=True), strict=True))
 
     def _layer(self, model: HookedModel) -> str:
         assert self.through is not None
@@ -116,12 +117,3 @@ class InputConductance(Integrated, Compared):
         kept = torch.zeros(count, dtype=value.dtype, device=value.device)
         kept[list(self.units)] = 1
         return kept.view([-1 if i == axis % value.ndim else 1 for i in range(value.ndim)])
-
-
-def _back(of: Tensor, to: Tensor | list[Tensor], gradient: Tensor | None = None) -> list[Tensor]:
-    """Differentiate; zeros where nothing depends on a value. The graph stays, for the other targets."""
-    to = [to] if isinstance(to, Tensor) else to
-    if not (of.requires_grad and all(value.requires_grad for value in to)):
-        return [torch.zeros_like(value) for value in to]
-    found = torch.autograd.grad(of, to, gradient, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(v) if g is None else g for v, g in zip(to, found, strict=True)]

@@ -85,14 +85,9 @@ class LRP(Attribution):
             with ExitStack() as hooks, functions:
                 for module in keeps.keys() - ways.keys():
                     hooks.callback(module.register_forward_hook(partial(_keep, keeps[module])).remove)
-                each = list(part.gradients(part.point, rules=ways)) if problem.place == "input" else None
-                grads = gradients_here(part, ways) if each is None else _stacked(each)
+                grads = gradients_here(part, ways)
             found |= {("attr", *path_of(site)): value for site, value in grads.items()}
         return found
-
-
-def _stacked(each: list[dict[Any, Tensor]]) -> dict[Any, Tensor]:
-    return {site: torch.stack([one[site] for one in each], 1) for site in each[0]}
 
 
 def _started(

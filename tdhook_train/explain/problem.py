@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tdhook_train.hooks import HookedModel
 from tdhook_train.hooks.reroute import Rule
+from tdhook_train.ops.slopes import slopes
 
 __all__ = ["Found", "Place", "Point", "Problem", "Rules"]
 
@@ -186,12 +187,6 @@ def _gradients(columns: list[Tensor], leaves: Point, weight: Tensor | None) -> I
     """Differentiate column by column; zeros where a column does not depend on a value."""
     moving = {site: leaf for site, leaf in leaves.items() if leaf.requires_grad}
     for i, column in enumerate(columns, 1):
-        grads: Any = [None] * len(moving)
-        if column.requires_grad:
-            along = torch.ones_like(column) if weight is None else weight.to(column.dtype)
-            more = i < len(columns)
-            grads = torch.autograd.grad(column, list(moving.values()), along, retain_graph=more, allow_unused=True)
-        yield {
-            site: torch.zeros_like(leaf) if grad is None else grad
-            for (site, leaf), grad in zip(moving.items(), grads, strict=True)
-        }
+        along = torch.ones_like(column) if weight is None else weight.to(column.dtype)
+        found = slopes(column, list(moving.values()), along, keep=i < len(columns))
+        yield dict(zip(moving, found, strict=True))
