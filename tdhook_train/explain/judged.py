@@ -20,7 +20,7 @@ from tdhook_train.keys import path_of
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
 
-__all__ = ["Baseline", "Judged", "compared", "counted", "in_one", "repeatable"]
+__all__ = ["Baseline", "Judged", "JudgedByRow", "compared", "counted", "in_one", "repeatable"]
 
 Baseline = Literal["zero", "mean", "blur", "rows"]
 
@@ -51,25 +51,6 @@ class Judged(Method):
         if self.networks is None:
             object.__setattr__(self, "networks", self.of.networks)
 
-    # ------------------------------------------------------------------ what a subclass says
-
-    @abstractmethod
-    def judge(self, problem: Problem, shares: Point) -> Found:
-        """Return what is to be said of some rows, ``[row, target, ...]`` each.
-
-        Args:
-            problem: of all inputs, or of one layer.
-            shares: of each feature, ``[row, target, *feature]``, by site.
-        """
-
-    def posed(self, seen: Seen, model: HookedModel) -> Iterator[Problem]:
-        """Yield the problems that are judged, each of all inputs or of one layer; the attribution's own by default."""
-        yield from self.of.problems(seen, model)
-
-    def versions(self, problem: Problem) -> int:  # noqa: ARG002 - subclasses use it
-        """Say how many versions of a row go through the network at once."""
-        return 1
-
     def weights(self, found: Found) -> Mapping[NestedKey, Tensor]:  # noqa: ARG002 - subclasses use it
         """Say how much each row counts in the mean of an artifact, ``[row, target]``; alike by default."""
         return {}
@@ -99,21 +80,6 @@ class Judged(Method):
         first = key if isinstance(key, str) else key[0]
         gone = [name for name in self._gone() if name in self.writes.get(first, "").split()]
         return tuple(name for name in super().dims(key, ndim + len(gone)) if name not in gone)
-
-    def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
-        """Explain, judge, and take the mean over rows."""
-        again = repeatable(seen)
-        shares, found = self.shares(again(), model), TensorDict()
-        for whole in self.posed(again(), model):
-            for problem in by_place(whole):
-                at_once = max(1, problem.at_once // self.versions(problem))
-                parts = [
-                    self.judge(problem.rows(index), {site: shares[site][index] for site in problem.sites})
-                    for index in torch.arange(len(problem), device=problem.device).split(at_once)
-                ]
-                every: Found = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-                found.update(self.finished(every, problem.sites[0]))
-        return found
 
     def shares(self, seen: Seen, model: HookedModel) -> Point:
         """Return what the attribution gives each feature at each site, ``[row, target, *feature]``."""
@@ -151,6 +117,43 @@ class Judged(Method):
 
     def _gone(self) -> list[str]:
         return (["batch"] if self.reduction == "mean" else []) + ([] if self.of._many else ["target"])
+
+
+@dataclass(frozen=True)
+class JudgedByRow(Judged):
+    """A metric that asks the network about some rows after others."""
+
+    @abstractmethod
+    def judge(self, problem: Problem, shares: Point) -> Found:
+        """Return what is to be said of some rows, ``[row, target, ...]`` each.
+
+        Args:
+            problem: of all inputs, or of one layer.
+            shares: of each feature, ``[row, target, *feature]``, by site.
+        """
+
+    def posed(self, seen: Seen, model: HookedModel) -> Iterator[Problem]:
+        """Yield the problems that are judged, each of all inputs or of one layer; the attribution's own by default."""
+        yield from self.of.problems(seen, model)
+
+    def versions(self, problem: Problem) -> int:  # noqa: ARG002 - subclasses use it
+        """Say how many versions of a row go through the network at once."""
+        return 1
+
+    def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
+        """Explain, judge, and take the mean over rows."""
+        again = repeatable(seen)
+        shares, found = self.shares(again(), model), TensorDict()
+        for whole in self.posed(again(), model):
+            for problem in by_place(whole):
+                at_once = max(1, problem.at_once // self.versions(problem))
+                parts = [
+                    self.judge(problem.rows(index), {site: shares[site][index] for site in problem.sites})
+                    for index in torch.arange(len(problem), device=problem.device).split(at_once)
+                ]
+                every: Found = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+                found.update(self.finished(every, problem.sites[0]))
+        return found
 
 
 def repeatable(seen: Seen) -> Callable[[], Seen]:
@@ -205,8 +208,8 @@ def counted(method: Method, **numbers: float) -> None:
 class _Posed(Compared):
     """Poses problems, explains nothing."""
 
-    def explain(self, problem: Problem) -> Found:
-        raise NotImplementedError
+    def explain(self, problem: Problem) -> Found:  # noqa: ARG002
+        return {}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdhook_train.errors import SettingsError
 from tdhook_train.explain.attribution import one_of
-from tdhook_train.explain.judged import Baseline, Judged, compared, counted
+from tdhook_train.explain.judged import Baseline, JudgedByRow, compared, counted
 from tdhook_train.explain.perturbed import coalition_values
 from tdhook_train.explain.problem import Found, Point, Problem
 from tdhook_train.hooks import HookedModel
@@ -23,7 +23,7 @@ __all__ = ["Masked"]
 
 
 @dataclass(frozen=True)
-class Masked(Judged):
+class Masked(JudgedByRow):
     """A metric that takes the features in the order of their shares and puts a baseline in the place of some.
 
     The same is done in random orders, the mean of which is ``chance_...``: a score without it is no evidence.

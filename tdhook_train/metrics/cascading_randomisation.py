@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tdhook_train.explain import Found, Point, Problem
+from tdhook_train.explain import Found
 from tdhook_train.explain.judged import Judged, in_one, repeatable
 from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.hooks.paths import module_at
@@ -89,10 +89,6 @@ class CascadingRandomisation(Judged):
         for site in alike[0]:
             found.update(self.finished({"spearman": torch.stack([one[site] for one in alike])}, site))
         return found
-
-    def judge(self, problem: Problem, shares: Point) -> Found:
-        """Not needed: all is said by the shares of other weights."""
-        raise NotImplementedError
 
     def _cascade(self, model: HookedModel) -> list[str]:
         """Return the paths in the order of the cascade: what ran last comes first, what never ran not at all."""

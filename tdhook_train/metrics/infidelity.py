@@ -13,7 +13,7 @@ from torch import Tensor
 from tdhook_train.errors import SettingsError
 from tdhook_train.explain import Found, Point, Problem
 from tdhook_train.explain.attribution import one_of
-from tdhook_train.explain.judged import Baseline, Judged, compared, counted
+from tdhook_train.explain.judged import Baseline, JudgedByRow, compared, counted
 from tdhook_train.explain.moved import drawn_at
 from tdhook_train.hooks import HookedModel
 from tdhook_train.method import Seen
@@ -22,7 +22,7 @@ __all__ = ["Infidelity"]
 
 
 @dataclass(frozen=True)
-class Infidelity(Judged):
+class Infidelity(JudgedByRow):
     """Mean squared error of what an attribution says of perturbations I: ``E (I·Φ - (F(x) - F(x - I)))²``.
 
     0 for the gradient of a linear network. Its size goes by that of the output: ``relative`` divides by

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdhook_train.errors import SettingsError
 from tdhook_train.explain import Found, Point, Problem
-from tdhook_train.explain.judged import Judged, counted
+from tdhook_train.explain.judged import JudgedByRow, counted
 from tdhook_train.explain.moved import drawn_at
 from tdhook_train.keys import path_of
 
@@ -19,7 +19,7 @@ __all__ = ["MaxSensitivity"]
 
 
 @dataclass(frozen=True)
-class MaxSensitivity(Judged):
+class MaxSensitivity(JudgedByRow):
     """Largest change of an attribution within a small neighbourhood: ``max ‖Φ(x + δ) - Φ(x)‖``, ``|δ_i| ≤ radius``.
 
     Costs ``samples`` further attributions. What an attribution draws itself is the same each time, so that only the

@@ -10,7 +10,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook_train.explain import Found, Point, Problem
+from tdhook_train.explain import Found, Point
 from tdhook_train.explain.judged import Judged, counted, in_one
 from tdhook_train.hooks import HookedModel
 from tdhook_train.keys import path_of
@@ -86,10 +86,6 @@ class Stability(Judged):
         for site, value in shares.items():
             found["attr", *path_of(site)] = value if self.of._many else value[:, 0]
         return found
-
-    def judge(self, problem: Problem, shares: Point) -> Found:
-        """Not needed: nothing is asked of the network but its shares."""
-        raise NotImplementedError
 
     def _inputs(self, seen: Seen, model: HookedModel) -> Tensor:
         """Hash what the network was run on, once a probe set."""
