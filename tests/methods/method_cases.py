@@ -93,6 +93,17 @@ def above_zero(td):
 JUDGED_NOT = [None, DeadUnits(), Saliency(reduction="mean")]
 MASKED_NOT = {"baseline": ["zeros"], "unit": ["word"], "by": ["size"], "orders": [0], "reduction": ["sum"]}
 TWO = {"targets": [("output", 0), ("output", 1)], "rows": 6}
+PATCHED = frozenset({"effect", "normalised", "gap", "unit_effect", "unit_normalised"})
+PAIRED_NOT = {
+    "pairs": [1],
+    "targets": [(0,)],
+    "parts": [(), "head", "neuron"],
+    "heads": [2],
+    "side": ["inputs"],
+    "by": ["median", "mean"],
+    "way": ["back"],
+    "max_bytes": [0],
+}
 AB = {"groups": {"a": [0], "b": [1, 2]}}
 
 
@@ -412,10 +423,10 @@ CASES = (
     ),
     Case(
         ActivationPatching,
-        {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6},
+        {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6, "way": "both"},
         {"pairs": 4},
-        {"pairs": [1], "targets": [(0,)]},
-        frozenset(ActivationPatching.writes),
+        PAIRED_NOT | {"counterfactual": ["late"], "decision": ["output"]},
+        frozenset(f"{key}{way}" for key in PATCHED - {"gap"} for way in ("", "_denoise")) | {"gap"},
     ),
     Case(
         DormantUnits,
