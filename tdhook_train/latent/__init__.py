@@ -4,6 +4,7 @@ from tdhook_train.latent.ablate import Ablate
 from tdhook_train.latent.activation_addition import ActivationAddition
 from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
+from tdhook_train.latent.attribution_patching import AttributionPatching
 from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
 from tdhook_train.latent.ridge_probe import RidgeProbe
@@ -22,6 +23,7 @@ __all__ = [
     "ActivationAddition",
     "ActivationCache",
     "ActivationPatching",
+    "AttributionPatching",
     "Cka",
     "Kl",
     "LogProb",

@@ -194,14 +194,17 @@ class Paired(Method):
 
     def metrics(self, outputs: TensorDictBase, base: TensorDict, model: HookedModel) -> Tensor:
         """Return the metrics of versions of one batch, ``[version * pair, target]``."""
+        return torch.stack(list(self.columns(outputs, base, model).values()), 1).detach()
+
+    def columns(self, outputs: TensorDictBase, base: TensorDictBase, model: HookedModel) -> Mapping[str, Tensor]:
+        """Read the metrics of versions of one batch, ``[version * pair]`` each, in the outputs' graph."""
         count = len(outputs) // len(base)
         known = {
             key: value.repeat(count, *[1] * (value.ndim - 1))
             for key, value in beside(base, self.targets, model.out_keys).items()
         }
         read = TensorDict(known, batch_size=outputs.batch_size).update(outputs) if known else outputs
-        held = TensorDict(known, batch_size=outputs.batch_size)
-        return torch.stack(list(self._columns(read, model, held).values()), 1).detach()
+        return self._columns(read, model, TensorDict(known, batch_size=outputs.batch_size))
 
     def _columns(
         self, outputs: TensorDictBase, model: HookedModel, held: TensorDictBase | None = None

@@ -44,6 +44,7 @@ from tdhook_train.latent import (
     ActivationAddition,
     ActivationCache,
     ActivationPatching,
+    AttributionPatching,
     Cka,
     LogisticProbe,
     RidgeProbe,
@@ -94,13 +95,14 @@ JUDGED_NOT = [None, DeadUnits(), Saliency(reduction="mean")]
 MASKED_NOT = {"baseline": ["zeros"], "unit": ["word"], "by": ["size"], "orders": [0], "reduction": ["sum"]}
 TWO = {"targets": [("output", 0), ("output", 1)], "rows": 6}
 PATCHED = frozenset({"effect", "normalised", "gap", "unit_effect", "unit_normalised"})
+AGREEMENT = {"agreement", "agreement_overall", "top_layer", "top_part", "top_estimate", "top_exact"}
 PAIRED_NOT = {
     "pairs": [1],
     "targets": [(0,)],
     "parts": [(), "head", "neuron"],
     "heads": [2],
     "side": ["inputs"],
-    "by": ["median", "mean"],
+    "by": ["median"],
     "way": ["back"],
     "max_bytes": [0],
 }
@@ -425,8 +427,15 @@ CASES = (
         ActivationPatching,
         {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6, "way": "both"},
         {"pairs": 4},
-        PAIRED_NOT | {"counterfactual": ["late"], "decision": ["output"]},
+        PAIRED_NOT | {"by": ["median", "mean"], "counterfactual": ["late"], "decision": ["output"]},
         frozenset(f"{key}{way}" for key in PATCHED - {"gap"} for way in ("", "_denoise")) | {"gap"},
+    ),
+    Case(
+        AttributionPatching,
+        {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6},
+        {"sample": 4},
+        PAIRED_NOT | {"sample": [-1], "verify": [-1]},
+        PATCHED | AGREEMENT,
     ),
     Case(
         DormantUnits,
