@@ -49,6 +49,7 @@ __all__ = [
     "Lime",
     "LogProb",
     "LogitDifference",
+    "LogitGap",
     "NegativeLoss",
     "NormalLogProb",
     "Occlusion",

@@ -12,6 +12,7 @@ from tdhook_train.latent.steering_vectors import SteeringVectors
 from tdhook_train.ops.objectives import (
     Kl,
     LogitDifference,
+    LogitGap,
     LogProb,
     NegativeLoss,
     NormalLogProb,
@@ -29,6 +30,7 @@ __all__ = [
     "LogProb",
     "LogisticProbe",
     "LogitDifference",
+    "LogitGap",
     "NegativeLoss",
     "NormalLogProb",
     "RidgeProbe",
