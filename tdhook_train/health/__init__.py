@@ -3,6 +3,9 @@
 from tdhook_train.health.dead_units import DeadUnits
 from tdhook_train.health.dormant_units import DormantUnits
 from tdhook_train.health.effective_rank import EffectiveRank
+from tdhook_train.health.feature_rank import FeatureRank
 from tdhook_train.health.redo import ReDo
+from tdhook_train.health.srank import SRank
+from tdhook_train.health.stable_rank import StableRank
 
-__all__ = ["DeadUnits", "DormantUnits", "EffectiveRank", "ReDo"]
+__all__ = ["DeadUnits", "DormantUnits", "EffectiveRank", "FeatureRank", "ReDo", "SRank", "StableRank"]

@@ -38,7 +38,7 @@ from tdhook_train.attribution import (
     Tcav,
     VarGrad,
 )
-from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
+from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, FeatureRank, ReDo, SRank, StableRank
 from tdhook_train.latent import (
     Ablate,
     ActivationAddition,
@@ -469,6 +469,21 @@ CASES = (
         ),
     ),
     Case(EffectiveRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(EffectiveRank.writes)),
+    Case(StableRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(StableRank.writes)),
+    Case(
+        SRank,
+        {"layers": ("0", "1")},
+        {"delta": 0.1},
+        {"delta": [0.0, 1.0, float("nan")]},
+        frozenset(SRank.writes),
+    ),
+    Case(
+        FeatureRank,
+        {"layers": ("0", "1")},
+        {"epsilon": 0.1},
+        {"epsilon": [0.0, -1.0, float("nan")]},
+        frozenset(FeatureRank.writes),
+    ),
 )
 
 
