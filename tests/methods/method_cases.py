@@ -38,7 +38,7 @@ from tdhook_train.attribution import (
     Tcav,
     VarGrad,
 )
-from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, FeatureRank, ReDo, SRank, StableRank
+from tdhook_train.health import Churn, DeadUnits, DormantUnits, EffectiveRank, FeatureRank, ReDo, SRank, StableRank, ValueCalibration
 from tdhook_train.latent import (
     Ablate,
     ActivationAddition,
@@ -457,6 +457,13 @@ CASES = (
         ),
     ),
     Case(
+        ValueCalibration,
+        {"values": ("output", 0), "returns": "y"},
+        {"values": ("output", 1)},
+        {"values": [(0,)], "returns": [(0,)]},
+        frozenset(ValueCalibration.writes),
+    ),
+    Case(
         WeightDistance,
         {"layers": ("0", "2"), "to": ("initial", "previous")},
         {"to": "initial"},
@@ -469,6 +476,13 @@ CASES = (
         ),
     ),
     Case(EffectiveRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(EffectiveRank.writes)),
+    Case(
+        Churn,
+        {"logits": "output", "values": ("output", 0), "rows": 6},
+        {"rows": 5},
+        {"rows": [0], "loc": ["loc"], "logits": [(0,)]},
+        frozenset({*Churn.writes, ("churn_outputs", "logits"), ("churn_outputs", "values")} - {"churn_outputs"}),
+    ),
     Case(StableRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(StableRank.writes)),
     Case(
         SRank,
