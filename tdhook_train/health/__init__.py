@@ -8,6 +8,7 @@ from tdhook_train.health.feature_rank import FeatureRank
 from tdhook_train.health.redo import ReDo
 from tdhook_train.health.srank import SRank
 from tdhook_train.health.stable_rank import StableRank
+from tdhook_train.health.target_fit_plasticity import TargetFitPlasticity
 from tdhook_train.health.value_calibration import ValueCalibration
 
-__all__ = ["Churn", "DeadUnits", "DormantUnits", "EffectiveRank", "FeatureRank", "ReDo", "SRank", "StableRank", "ValueCalibration"]
+__all__ = ["Churn", "DeadUnits", "DormantUnits", "EffectiveRank", "FeatureRank", "ReDo", "SRank", "StableRank", "TargetFitPlasticity", "ValueCalibration"]

@@ -38,7 +38,7 @@ from tdhook_train.attribution import (
     Tcav,
     VarGrad,
 )
-from tdhook_train.health import Churn, DeadUnits, DormantUnits, EffectiveRank, FeatureRank, ReDo, SRank, StableRank, ValueCalibration
+from tdhook_train.health import Churn, DeadUnits, DormantUnits, EffectiveRank, FeatureRank, ReDo, SRank, StableRank, TargetFitPlasticity, ValueCalibration
 from tdhook_train.latent import (
     Ablate,
     ActivationAddition,
@@ -455,6 +455,20 @@ CASES = (
             [f"{what}_{to}" for what in ("cka", "reason") for to in ("initial", "previous", "layers")]
             + ["few_rows", "inputs", ("activation", "0"), ("activation", "1")]
         ),
+    ),
+    Case(
+        TargetFitPlasticity,
+        {"draws": 2, "steps": 2, "rows": 10},
+        {"lr": 0.1},
+        {
+            "draws": [0],
+            "steps": [0],
+            "rows": [0],
+            "lr": [0.0, float("nan"), float("inf")],
+            "fresh": ["new"],
+            "output": [(0,), above_zero],
+        },
+        frozenset(TargetFitPlasticity.writes),
     ),
     Case(
         ValueCalibration,
