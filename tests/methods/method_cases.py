@@ -38,7 +38,20 @@ from tdhook_train.attribution import (
     Tcav,
     VarGrad,
 )
-from tdhook_train.health import Churn, DeadUnits, DormantUnits, EffectiveRank, FeatureRank, ReDo, SRank, StableRank, TargetFitPlasticity, ValueCalibration
+from tdhook_train.health import (
+    Churn,
+    DeadUnits,
+    DormantUnits,
+    EffectiveRank,
+    FeatureRank,
+    GradientCovariance,
+    GradientNorms,
+    ReDo,
+    SRank,
+    StableRank,
+    TargetFitPlasticity,
+    ValueCalibration,
+)
 from tdhook_train.latent import (
     Ablate,
     ActivationAddition,
@@ -455,6 +468,20 @@ CASES = (
             [f"{what}_{to}" for what in ("cka", "reason") for to in ("initial", "previous", "layers")]
             + ["few_rows", "inputs", ("activation", "0"), ("activation", "1")]
         ),
+    ),
+    Case(
+        GradientCovariance,
+        {"targets": [("output", 0), ("output", 1)], "layers": ("0", "2"), "rows": 6},
+        {"max_bytes": 100},
+        {"rows": [0], "max_bytes": [0], "targets": [[(0,)]]},
+        frozenset(GradientCovariance.writes),
+    ),
+    Case(
+        GradientNorms,
+        {"targets": [("output", 0), ("output", 1)], "layers": ("0", "2"), "rows": 6},
+        {"rows": 5},
+        {"rows": [0], "targets": [[(0,)]]},
+        frozenset({*GradientNorms.writes, ("gradient", "0"), ("gradient", "2")} - {"gradient"}),
     ),
     Case(
         TargetFitPlasticity,

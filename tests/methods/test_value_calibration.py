@@ -58,7 +58,10 @@ def test_what_is_all_the_same_or_not_finite_says_so():
     same = torch.full((21, 1), 0.1) * (1 + bit * (torch.arange(21)[:, None] % 2))
     assert len(same.unique()) == 2  # but for the last bit
     out = on(some, same)
-    assert (int(out["value_reason"]), float(out["value_bias"])) == (2, pytest.approx(float(some.mean()) - 0.1, rel=1e-5))
+    assert (int(out["value_reason"]), float(out["value_bias"])) == (
+        2,
+        pytest.approx(float(some.mean()) - 0.1, rel=1e-5),
+    )
     assert out["explained_variance"].isnan()
     assert out["value_r2"].isnan()
     assert float(out["value_slope"]) == pytest.approx(0, abs=1e-6)
