@@ -132,7 +132,7 @@ class Churn(Method):
 
     def _keys(self, model: HookedModel) -> dict[str, Any]:
         """Say where the network gives out what."""
-        found = {}
+        found: dict[str, Any] = {}
         for name, usual in _USUAL.items():
             given = getattr(self, name)
             if given is not None:

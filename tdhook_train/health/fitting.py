@@ -101,7 +101,7 @@ def _together(members: Sequence[Member], batch: TensorDictBase) -> tuple[list[Te
 
 
 def _apart(members: Sequence[Member], batch: TensorDictBase) -> tuple[list[Tensor], Callable[[], Tensor]]:
-    weights = [weight for member in members for weight in member.requires_grad_(True).parameters()]
+    weights: list[Tensor] = [weight for member in members for weight in member.requires_grad_(True).parameters()]
     return weights, lambda: torch.stack([member(batch) for member in members])
 
 

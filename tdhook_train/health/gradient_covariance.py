@@ -88,7 +88,7 @@ class GradientCovariance(OfGradients):
         return TensorDict({key: value.cpu() for key, value in found.items()}, batch_size=[])
 
     def _products(self, of: Weighted, targets: int) -> tuple[Tensor, Tensor]:
-        """Return the inner products ``[target, row, other]``, and ‖gradient‖² of each layer ``[layer, target, row]``."""
+        """Return inner products ``[target, row, other]``, and ‖gradient‖² of each layer ``[layer, target, row]``."""
         size = sum(weight.numel() * weight.element_size() for weight in of.weights.values())
         blocks = torch.arange(len(of)).split(max(1, self.max_bytes // (4 * size * targets)))  # two, and in float64
         first = next(iter(of.weights.values()))
@@ -97,10 +97,10 @@ class GradientCovariance(OfGradients):
         for i, rows in enumerate(blocks):
             one = _flat(of.gradients(rows))
             for j, names in enumerate(of.layers.values()):
-                squares[j, :, rows] = sum(one[name].square().sum(-1) for name in names).mT
+                squares[j, :, rows] = torch.stack([one[name].square().sum(-1) for name in names]).sum(0).mT
             for others in blocks[i:]:
                 two = one if others is rows else _flat(of.gradients(others))
-                block = sum(torch.einsum("atw,btw->tab", one[name], two[name]) for name in one)
+                block = torch.stack([torch.einsum("atw,btw->tab", one[name], two[name]) for name in one]).sum(0)
                 inner[:, rows[:, None], others] = block
                 inner[:, others[:, None], rows] = block.mT
         return inner, squares

@@ -38,8 +38,8 @@ class ValueCalibration(Method):
         returns: key of the batch, as many numbers as the values: every one counts as a sample.
 
     Writes:
-        ``explained_variance``: 1 - Var(R - V) / Var(R). ``value_r2``: 1 - E(R - V)² / Var(R). ``value_slope``: Cov(R, V)
-        / Var(V). ``value_bias``: E(V - R), in units of the returns. ``value_reason``: why some are NaN (see
+        ``explained_variance``: 1 - Var(R - V) / Var(R). ``value_r2``: 1 - E(R - V)² / Var(R). ``value_slope``:
+        Cov(R, V) / Var(V). ``value_bias``: E(V - R), in units of the returns. ``value_reason``: why some are NaN (see
         ``legend``): the first two where the returns are all the same, the slope where the values are, all four where
         either is not finite.
 

@@ -16,9 +16,10 @@ from torch.distributions.transforms import TanhTransform
 from torchrl.modules import NormalParamExtractor, QValueActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 
-from tdhook_train import At, Every, Observer, ProbeSet
+from tdhook_train import At, Every, HookedModel, Observer, ProbeSet
 from tdhook_train.errors import NetworkError, SettingsError, TargetError
 from tdhook_train.health import Churn
+from tdhook_train.method import Part, Seen
 from tdhook_train.ops.divergence import kl
 
 
@@ -39,7 +40,10 @@ def tick(method, values, previous=None, x=None):
     return measured(method, Gives(**values), td, out_keys=list(values), previous=previous)
 
 
-def ticks(before, after, method=Churn(), **known):
+DEFAULT = Churn()
+
+
+def ticks(before, after, method=DEFAULT, **known):
     return tick(method, after, tick(method, before), **known)
 
 
@@ -49,7 +53,9 @@ def test_a_policy_over_actions_against_scipy():
     p, q = (scipy.special.softmax(v.double().numpy(), 1) for v in (one, two))
     assert float(out["churn_kl"]) == pytest.approx(scipy.stats.entropy(p, q, axis=1).mean())
     assert float(out["churn_total_variation"]) == pytest.approx(np.abs(p - q).sum(1).mean() / 2)
-    assert float(out["churn_flips"]) == pytest.approx(np.mean([a.argmax() != b.argmax() for a, b in zip(p, q)]))
+    assert float(out["churn_flips"]) == pytest.approx(
+        np.mean([a.argmax() != b.argmax() for a, b in zip(p, q, strict=True)])
+    )
     assert int(out["churn_policy_reason"]) == 0
     assert 0 < float(out["churn_flips"]) < 1
     back = ticks({"logits": two}, {"logits": one})
@@ -194,8 +200,6 @@ def test_a_network_with_nothing_to_compare_is_left_out():
     actor = QValueActor(nn.Linear(2, 3), in_keys=["observation"], action_space="one-hot")
     td = TensorDict({"observation": torch.randn(6, 2)}, [6])
     assert set(measured(Churn(), actor, td)["churn_outputs"].keys()) == {"action_values", "values"}
+    parts = {"": Part(Seen(td), HookedModel(nn.Linear(2, 3)))}
     with pytest.raises(NetworkError, match="nothing to measure"):
-        from tdhook_train.hooks import HookedModel
-        from tdhook_train.method import Part, Seen
-
-        Churn().across({"": Part(Seen(td), HookedModel(nn.Linear(2, 3)))})
+        Churn().across(parts)

@@ -63,7 +63,9 @@ def test_the_cosines_are_those_of_gradients_one_by_one(way, max_bytes):
         assert float(out["gradient_cosine_mean"][place]) == pytest.approx(mean, abs=1e-6)
         assert float(out["gradient_cosine_negative"][place]) == pytest.approx(negative)
         for i, grads in enumerate(layers.values()):
-            assert float(out["sample_gradient_norm"][i, place]) == pytest.approx(float(grads.norm(dim=1).mean()), rel=1e-5)
+            assert float(out["sample_gradient_norm"][i, place]) == pytest.approx(
+                float(grads.norm(dim=1).mean()), rel=1e-5
+            )
         whole = torch.cat(list(layers.values()), 1).norm(dim=1).mean()
         assert float(out["sample_gradient_norm_pooled"][place]) == pytest.approx(float(whole), rel=1e-5)
 
@@ -161,7 +163,8 @@ def test_the_norm_of_the_mean_gradient_and_its_turn_since_the_row_before():
         pairs.append(tuple(torch.cat(side) for side in zip(*pairs, strict=True)))
         for i, (a, b) in enumerate(pairs):
             norm, turn = (
-                (out[f"gradient_{what}"][i, t] if i < 2 else out[f"gradient_{what}_pooled"][t]) for what in ("norm", "turn")
+                (out[f"gradient_{what}"][i, t] if i < 2 else out[f"gradient_{what}_pooled"][t])
+                for what in ("norm", "turn")
             )
             assert float(norm) == pytest.approx(float(b.norm()), rel=1e-5)
             assert float(turn) == pytest.approx(float(torch.cosine_similarity(a, b, 0)), abs=1e-5)
@@ -212,8 +215,6 @@ def test_through_a_training_layers_of_all_networks_stand_in_one_column(tmp_path)
         assert float(sampled["sample_gradient_norm"][i, place]) == pytest.approx(float(b.norm(dim=1).mean()), rel=1e-5)
     assert set(targets) == {"loc.0", "loc.1", "state_value"}
     cosine, *_ = by_hand(torch.cat(list(two.values()), 1))
-    torch.testing.assert_close(
-        sampled["critic_network", "gradient_cosine"][0], torch.tensor(cosine), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(sampled["critic_network", "gradient_cosine"][0], torch.tensor(cosine), atol=1e-5, rtol=0)
     with pytest.raises(TargetError, match="'lok' is given out by no network"):
         measured(GradientNorms("lok"), mlp(3, 2), batch())

@@ -24,7 +24,10 @@ class Gives(nn.Module):
         return self.value
 
 
-def on(values, returns, method=ValueCalibration()):
+DEFAULT = ValueCalibration()
+
+
+def on(values, returns, method=DEFAULT):
     td = TensorDict({"input": torch.zeros(len(values), 1), "value_target": returns}, [len(values)])
     return measured(method, Gives(values), td, out_keys=["state_value"])
 
