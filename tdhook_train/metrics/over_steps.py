@@ -15,6 +15,7 @@ from torch import Tensor
 from tdhook_train.buffer.tables import package
 from tdhook_train.errors import KeyMissingError, SettingsError, did_you_mean
 from tdhook_train.ops.cka import Representations, thinned
+from tdhook_train.ops.divergence import flips, kl
 from tdhook_train.ops.likeness import by_size, cosine, jaccard
 
 if TYPE_CHECKING:
@@ -171,9 +172,8 @@ def churn(artifact: Artifact, key: Key, *, outputs: Literal["logits", "values"] 
     before, after = values[:-1], values[1:]
     found = {"moved": (after - before).abs().flatten(1).mean(1)}
     if outputs == "logits":
-        p, q = before.log_softmax(-1), after.log_softmax(-1)
-        found["changed"] = (before.argmax(-1) != after.argmax(-1)).double().flatten(1).mean(1)
-        found["kl"] = (p.exp() * (p - q)).sum(-1).flatten(1).mean(1)
+        found["changed"] = flips(before, after).flatten(1).mean(1)
+        found["kl"] = kl(before, after).flatten(1).mean(1)
     found = {name: _where(read.kept, value) for name, value in found.items()}
     return _dataset(found, ("step",), {"step": read.steps[1:]})
 

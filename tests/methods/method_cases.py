@@ -38,7 +38,20 @@ from tdhook_train.attribution import (
     Tcav,
     VarGrad,
 )
-from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
+from tdhook_train.health import (
+    Churn,
+    DeadUnits,
+    DormantUnits,
+    EffectiveRank,
+    FeatureRank,
+    GradientCovariance,
+    GradientNorms,
+    ReDo,
+    SRank,
+    StableRank,
+    TargetFitPlasticity,
+    ValueCalibration,
+)
 from tdhook_train.latent import (
     Ablate,
     ActivationAddition,
@@ -477,6 +490,41 @@ CASES = (
         ),
     ),
     Case(
+        GradientCovariance,
+        {"targets": [("output", 0), ("output", 1)], "layers": ("0", "2"), "rows": 6},
+        {"max_bytes": 100},
+        {"rows": [0], "max_bytes": [0], "targets": [[(0,)]]},
+        frozenset(GradientCovariance.writes),
+    ),
+    Case(
+        GradientNorms,
+        {"targets": [("output", 0), ("output", 1)], "layers": ("0", "2"), "rows": 6},
+        {"rows": 5},
+        {"rows": [0], "targets": [[(0,)]]},
+        frozenset({*GradientNorms.writes, ("gradient", "0"), ("gradient", "2")} - {"gradient"}),
+    ),
+    Case(
+        TargetFitPlasticity,
+        {"draws": 2, "steps": 2, "rows": 10},
+        {"lr": 0.1},
+        {
+            "draws": [0],
+            "steps": [0],
+            "rows": [0],
+            "lr": [0.0, float("nan"), float("inf")],
+            "fresh": ["new"],
+            "output": [(0,), above_zero],
+        },
+        frozenset(TargetFitPlasticity.writes),
+    ),
+    Case(
+        ValueCalibration,
+        {"values": ("output", 0), "returns": "y"},
+        {"values": ("output", 1)},
+        {"values": [(0,)], "returns": [(0,)]},
+        frozenset(ValueCalibration.writes),
+    ),
+    Case(
         WeightDistance,
         {"layers": ("0", "2"), "to": ("initial", "previous")},
         {"to": "initial"},
@@ -489,6 +537,28 @@ CASES = (
         ),
     ),
     Case(EffectiveRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(EffectiveRank.writes)),
+    Case(
+        Churn,
+        {"logits": "output", "values": ("output", 0), "rows": 6},
+        {"rows": 5},
+        {"rows": [0], "loc": ["loc"], "logits": [(0,)]},
+        frozenset({*Churn.writes, ("churn_outputs", "logits"), ("churn_outputs", "values")} - {"churn_outputs"}),
+    ),
+    Case(StableRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(StableRank.writes)),
+    Case(
+        SRank,
+        {"layers": ("0", "1")},
+        {"delta": 0.1},
+        {"delta": [0.0, 1.0, float("nan")]},
+        frozenset(SRank.writes),
+    ),
+    Case(
+        FeatureRank,
+        {"layers": ("0", "1")},
+        {"epsilon": 0.1},
+        {"epsilon": [0.0, -1.0, float("nan")]},
+        frozenset(FeatureRank.writes),
+    ),
 )
 
 
