@@ -13,7 +13,19 @@ from torch.overrides import TorchFunctionMode
 from tdhook_train.attribution.relevance.rules import stabilised
 from tdhook_train.errors import NetworkError
 
-__all__ = ["ACTIVATIONS", "BILINEAR", "DIVIDED", "MULTIPLIED", "Functions", "live_in", "plain", "way", "with_values"]
+__all__ = [
+    "ACTIVATIONS",
+    "BILINEAR",
+    "DIVIDED",
+    "MULTIPLIED",
+    "Back",
+    "Functions",
+    "live_in",
+    "plain",
+    "way",
+    "with_values",
+    "writes",
+]
 
 Back = Callable[[Tensor], Tensor | Sequence[Tensor | None]]
 """What goes back into some values, from the relevance of what was made of them."""
@@ -235,10 +247,16 @@ def live_in(*given: Any) -> list[Tensor]:
 
 def plain(func: Any, args: Any, kwargs: Any) -> Tensor:
     """Return what a function gives out, outside the graph; one that works in place works on a copy."""
-    in_place = func.__name__.endswith("_") or func.__name__.startswith("__i") or kwargs.get("inplace")
-    known = {id(v): v.detach().clone() if in_place else v.detach() for v in _tensors((args, kwargs))}
+    copied = writes(func, kwargs)
+    known = {id(v): v.detach().clone() if copied else v.detach() for v in _tensors((args, kwargs))}
     found: Tensor = func(*with_values(args, known), **with_values(kwargs, known))
     return found
+
+
+def writes(func: Any, kwargs: Any) -> bool:
+    """Whether a function works in place, on its first argument."""
+    name = func.__name__
+    return name.startswith("__i") or (name.endswith("_") and name[-2] != "_") or bool(kwargs.get("inplace"))
 
 
 def with_values(given: Any, known: dict[int, Tensor]) -> Any:
