@@ -21,6 +21,7 @@ from tdhook_train.attribution.relevance.functions import (
     with_values,
     writes,
 )
+from tdhook_train.hooks.members import Members
 
 __all__ = ["Coefficients"]
 
@@ -57,9 +58,14 @@ class Coefficients(Functions):
         self.weights = attention
         self.marked: set[Any] = set()
         """Nodes of the graph that made weights: softmax, inverse deviations."""
+        self.lost = False
+        """Whether values went into ``torch.vmap``, where no rule follows."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Meet one call of a function; what a layer makes of integers is where the graph begins."""
+        if any(Members.are_in(value) for value in args if isinstance(value, Tensor)):
+            self.lost = self.lost or not self.over
+            return func(*args, **(kwargs or {}))
         found = super().__torch_function__(func, types, args, kwargs)
         begins = not self.over and torch.is_grad_enabled() and getattr(func, "__name__", "") in _FIRST
         if begins and args and not isinstance(args[0], nn.Parameter) and not found.requires_grad:

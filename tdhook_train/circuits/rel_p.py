@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_train.circuits.coefficients import Coefficients
-from tdhook_train.errors import SettingsError, did_you_mean
+from tdhook_train.errors import NetworkError, SettingsError, did_you_mean
 from tdhook_train.explain import Problem
 from tdhook_train.explain.here import gradients_in_place
 from tdhook_train.latent.gradient_patching import GradientPatching
@@ -46,6 +46,9 @@ class RelP(GradientPatching):
     Writes:
         What :class:`.latent.AttributionPatching` writes, in the same shapes and units.
 
+    Raises:
+        NetworkError: the network runs members inside ``torch.vmap``.
+
     Source: Jafari et al. 2025, arXiv:2508.21258.
     """
 
@@ -70,6 +73,11 @@ class RelP(GradientPatching):
             still = {key: _live(value) for key, value in problem.still.items()}
         with functions:
             found = gradients_in_place(replace(problem, read=read, still=still))
+        if functions.lost:
+            raise NetworkError(
+                f"RelP cannot follow values into torch.vmap, by which {problem.model.title} runs several members at "
+                "once; AttributionPatching can"
+            )
         return {str(site): coefficient.movedim(1, 0) for site, coefficient in found.items()}
 
 

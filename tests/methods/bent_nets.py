@@ -228,7 +228,9 @@ class Onward(Pair):
     def forward(self, x):
         h = self.first(x)
         s = h.softmax(-1)
-        return self.head(halved(bent(torch.tanh, s) * h) if self.rule else s.tanh() * h)
+        if self.rule:
+            return self.head(halved(bent(torch.tanh, s) * h) + halved((s + h) * h))
+        return self.head(s.tanh() * h + (s + h) * h)
 
 
 class Words(Pair):

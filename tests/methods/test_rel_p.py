@@ -12,12 +12,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from tdhook_train.circuits import RelP
+from tdhook_train.errors import NetworkError
 from tdhook_train.latent import ActivationPatching, AttributionPatching, LogitDifference
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
 
 
 def states_of(shape, rows=6):
@@ -216,6 +212,23 @@ def test_of_what_layers_take_in():
     named = nn.Sequential(*copy.deepcopy([model.first, nn.GELU(), model.second, nn.Tanh(), model.head]))
     outputs = measured(RelP(("1", "3")), named, td)
     assert_close(inputs["unit_effect"], outputs["unit_effect"], equal_nan=True)
+
+
+class Members(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.weight = nn.Linear(3, 4), nn.Parameter(torch.randn(2, 4, 4))
+
+    def forward(self, x):
+        h = self.first(x)
+        return torch.vmap(lambda w: (h @ w).tanh())(self.weight).sum(0)
+
+
+def test_members_inside_vmap_are_refused():
+    td = with_sources(torch.randn(6, 3), torch.randn(6, 3))
+    with pytest.raises(NetworkError, match="RelP cannot follow values into torch.vmap"):
+        measured(RelP("first"), Members(), td)
+    assert measured(AttributionPatching("first"), Members(), td)["effect"].min() > 0
 
 
 # ---------------------------------------------------------------------- data that says nothing
