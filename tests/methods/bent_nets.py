@@ -218,6 +218,18 @@ class Ending(Pair):
         return self.head(self.first(x)).softmax(-1)
 
 
+class TwoSoftmaxes(Pair):
+    """A product of two weights has nothing else to go to: half to each."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other, self.head = nn.Linear(3, 5), nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        found = self.first(x).softmax(-1) * self.other(x).softmax(-1)
+        return self.head(halved(found) if self.rule else found)
+
+
 class Onward(Pair):
     """What was made of a softmax is no weight any more."""
 
@@ -261,6 +273,7 @@ NETS = {
     "many heads": (ManyHeads, TEXT, ["first", "head"]),
     "weighed positions": (Pooled, TEXT, ["first", "score", "head"]),
     "softmax at the end": (Ending, FLAT, ["first", "head"]),
+    "two softmaxes": (TwoSoftmaxes, FLAT, ["first", "other", "head"]),
     "softmax and onward": (Onward, FLAT, ["first", "head"]),
     "words": (Words, None, ["one", "other", "head"]),
 }
