@@ -37,6 +37,8 @@ class Cut:
     def sums(self, value: Tensor, row_axis: int) -> Tensor:
         """Add up the entries of each part: ``[part, row]`` from ``[*shape]``."""
         rows = value.shape[row_axis]
+        if not self.count:
+            return value.new_zeros(0, rows)
         number = self.of.expand_as(value).movedim(row_axis, 0).reshape(rows, -1)
         out = value.new_zeros(rows, self.count)
         return out.scatter_add_(1, number, value.movedim(row_axis, 0).reshape(rows, -1)).T

@@ -9,7 +9,7 @@ from method_env import Answering
 from tensordict import TensorDict
 from torch import nn
 
-from tdhook_train import Method, attribution, health, latent, metrics, weights
+from tdhook_train import Method, attribution, circuits, health, latent, metrics, weights
 from tdhook_train.attribution import (
     LRP,
     ActivationMaximisation,
@@ -38,6 +38,7 @@ from tdhook_train.attribution import (
     Tcav,
     VarGrad,
 )
+from tdhook_train.circuits import RelP
 from tdhook_train.health import (
     Churn,
     DeadUnits,
@@ -77,7 +78,7 @@ from tdhook_train.metrics import (
 from tdhook_train.rl import AblatedReturn
 from tdhook_train.weights import WeightDistance
 
-FAMILIES = (attribution, health, latent, metrics, weights)
+FAMILIES = (attribution, circuits, health, latent, metrics, weights)
 EXPORTED = [getattr(family, name) for family in FAMILIES for name in family.__all__]
 PUBLIC = [one for one in EXPORTED if isinstance(one, type) and issubclass(one, Method)]  # others are functions
 PUBLIC += [AblatedReturn]  # outside the families, since it needs TorchRL
@@ -448,6 +449,13 @@ CASES = (
         {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6},
         {"sample": 4},
         PAIRED_NOT | {"sample": [-1], "verify": [-1]},
+        PATCHED | AGREEMENT,
+    ),
+    Case(
+        RelP,
+        {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6},
+        {"attention": "gradient"},
+        PAIRED_NOT | {"sample": [-1], "verify": [-1], "attention": ["softmax", None]},
         PATCHED | AGREEMENT,
     ),
     Case(
