@@ -46,6 +46,7 @@ from tdhook_train.latent import (
     ActivationPatching,
     Cka,
     LogisticProbe,
+    MaxActivating,
     RidgeProbe,
     SteeringVectors,
 )
@@ -469,6 +470,13 @@ CASES = (
         ),
     ),
     Case(EffectiveRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(EffectiveRank.writes)),
+    Case(
+        MaxActivating,
+        {"layers": ("0", "1"), "k": 3},
+        {"inputs": 1},
+        {"k": [0], "inputs": [-1, 4]},
+        frozenset({*MaxActivating.writes, ("top", "input")} - {"top"}),
+    ),
 )
 
 
