@@ -4,6 +4,8 @@ from tdhook_train.latent.ablate import Ablate
 from tdhook_train.latent.activation_addition import ActivationAddition
 from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
+from tdhook_train.latent.attention_patterns import AttentionPatterns
+from tdhook_train.latent.attention_rollout import AttentionRollout
 from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
 from tdhook_train.latent.max_activating import MaxActivating
@@ -23,6 +25,8 @@ __all__ = [
     "ActivationAddition",
     "ActivationCache",
     "ActivationPatching",
+    "AttentionPatterns",
+    "AttentionRollout",
     "Cka",
     "Kl",
     "LogProb",

@@ -44,6 +44,8 @@ from tdhook_train.latent import (
     ActivationAddition,
     ActivationCache,
     ActivationPatching,
+    AttentionPatterns,
+    AttentionRollout,
     Cka,
     LogisticProbe,
     MaxActivating,
@@ -81,6 +83,18 @@ class Case:
 
     def method(self):
         return self.make(**self.settings)
+
+
+class Attending(nn.Module):
+    """Attention among the features of a row, in the place of an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.MultiheadAttention(1, 1, batch_first=True)
+
+    def forward(self, x):
+        parts = x.unsqueeze(-1)
+        return self.heads(parts, parts, parts, need_weights=False)[0].squeeze(-1)
 
 
 def double(_layer, output):
@@ -470,6 +484,22 @@ CASES = (
         ),
     ),
     Case(EffectiveRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(EffectiveRank.writes)),
+    Case(
+        AttentionPatterns,
+        {"rows": 4},
+        {"reduction": "mean"},
+        {"rows": [0], "reduction": ["sum"]},
+        frozenset({("attention", "1.heads")}),
+        Attending,
+    ),
+    Case(
+        AttentionRollout,
+        {"rows": 4},
+        {"fusion": "max"},
+        {"rows": [0], "reduction": ["sum"], "fusion": ["sum"]},
+        frozenset({"rollout"}),
+        Attending,
+    ),
     Case(
         MaxActivating,
         {"layers": ("0", "1"), "k": 3},
