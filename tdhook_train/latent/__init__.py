@@ -8,6 +8,7 @@ from tdhook_train.latent.attention_patterns import AttentionPatterns
 from tdhook_train.latent.attention_rollout import AttentionRollout
 from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
+from tdhook_train.latent.logit_lens import LogitLens
 from tdhook_train.latent.max_activating import MaxActivating
 from tdhook_train.latent.ridge_probe import RidgeProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
@@ -32,6 +33,7 @@ __all__ = [
     "LogProb",
     "LogisticProbe",
     "LogitDifference",
+    "LogitLens",
     "MaxActivating",
     "NegativeLoss",
     "NormalLogProb",

@@ -48,6 +48,7 @@ from tdhook_train.latent import (
     AttentionRollout,
     Cka,
     LogisticProbe,
+    LogitLens,
     MaxActivating,
     RidgeProbe,
     SteeringVectors,
@@ -499,6 +500,13 @@ CASES = (
         {"rows": [0], "reduction": ["sum"], "fusion": ["sum"]},
         frozenset({"rollout"}),
         Attending,
+    ),
+    Case(
+        LogitLens,
+        {"layers": ("0", "1"), "head": "2"},
+        {"output_is": "values"},
+        {"layers": [None], "head": [None, 3], "output_is": ["value"], "rows": [1]},
+        frozenset({"lens", "kl", "agreement", "reason"}),
     ),
     Case(
         MaxActivating,

@@ -121,6 +121,7 @@ def test_the_model_is_left_as_found_where_a_pass_fails(case, error, after):
     model, td = Failing(error, after, case.activation), batch()
     settings = case.settings | ({"layers": ("inner.0", "inner.1")} if "layers" in case.settings else {})
     settings |= {"at": "inner.0"} if "at" in case.settings else {}
+    settings |= {"head": "inner.2"} if "head" in case.settings else {}
     before = everything(model, td)
     try:
         measured(case.make(**settings), model, td)

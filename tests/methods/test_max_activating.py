@@ -136,6 +136,14 @@ def test_units_count_where_they_are_greatest(kind):
         np.testing.assert_array_equal(out["position"][0, unit], flat[rows, unit].argmax(-1))
 
 
+def test_a_place_that_is_not_finite_leaves_the_row_its_others():
+    value = torch.tensor([[[1.0], [torch.inf], [3.0]], [[2.0], [0.0], [torch.nan]]])  # [row, place, unit]
+    out = ranked(value, k=2)
+    assert out["value"][0, 0].tolist() == [3.0, 2.0]
+    assert out["row"][0, 0].tolist() == [0, 1]
+    assert out["position"][0, 0].tolist() == [2, 0]
+
+
 def test_hidden_states_have_their_rows_behind_the_layers():
     class Last(nn.Module):
         def __init__(self):
