@@ -12,6 +12,7 @@ from tdhook_train.latent.logit_lens import LogitLens
 from tdhook_train.latent.max_activating import MaxActivating
 from tdhook_train.latent.ridge_probe import RidgeProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
+from tdhook_train.latent.tuned_lens import TunedLens
 from tdhook_train.ops.objectives import (
     Kl,
     LogitDifference,
@@ -40,4 +41,5 @@ __all__ = [
     "RidgeProbe",
     "SteeringVectors",
     "TanhNormalLogProb",
+    "TunedLens",
 ]

@@ -9,7 +9,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from tdhook_train.latent.residual_lens import LENS_REASONS, Read, ResidualLens, Tail
-from tdhook_train.method import Seen
 
 __all__ = ["LogitLens"]
 
@@ -44,6 +43,6 @@ class LogitLens(ResidualLens):
     }
     legend: ClassVar[Mapping[str, Mapping[int, str]]] = {"reason": LENS_REASONS}
 
-    def _read(self, value: Tensor, index: Tensor, tail: Tail, seen: Seen) -> Read:  # noqa: ARG002 - goes by no group
+    def _read(self, value: Tensor, axis: int, tail: Tail, groups: Tensor) -> Read:  # noqa: ARG002 - nothing is fitted
         lens = tail(value)
         return Read(lens, self._scores(tail, lens))

@@ -152,15 +152,23 @@ class ResidualLens(Method):
         with torch.inference_mode(False), torch.no_grad():
             index = evenly_spaced(len(seen.batch), self.rows)
             tail = self._tail(seen.batch, index, model)
-            read = [self._of_layer(seen.values[site], index, tail, seen) for site in self.taps(model)]
+            groups = torch.arange(len(index)) if seen.groups is None else seen.groups.cpu()[index]
+            read = [self._of_layer(site, self._rows(seen, site, index), tail, groups) for site in self.taps(model)]
         found: dict[NestedKey, Tensor] = {"lens": torch.stack([one.lens for one in read])}
         found |= {name: torch.stack([one.more[name] for one in read]) for name in read[0].more}
         found["reason"] = torch.tensor([one.reason for one in read], dtype=torch.int8)
         return TensorDict(found, batch_size=[])
 
     @abstractmethod
-    def _read(self, value: Tensor, index: Tensor, tail: Tail, seen: Seen) -> Read:
-        """Read one layer, whose value has the shape of the stream and is finite."""
+    def _read(self, value: Tensor, axis: int, tail: Tail, groups: Tensor) -> Read:
+        """Read one layer.
+
+        Args:
+            value: of the shape of the stream, finite.
+            axis: along which its units lie.
+            tail: the rest of the network.
+            groups: trajectory of each row.
+        """
 
     def _nothing(self, tail: Tail) -> dict[str, Tensor]:
         """Say what stands for the scores of a layer that cannot be read."""
@@ -170,9 +178,12 @@ class ResidualLens(Method):
     def _scores(self, tail: Tail, lens: Tensor) -> dict[str, Tensor]:
         return scores(self.output_is, tail.final, lens)
 
-    def _of_layer(self, value: Tensor, index: Tensor, tail: Tail, seen: Seen) -> Read:
+    def _rows(self, seen: Seen, site: str, index: Tensor) -> Tensor:
+        value = seen.values[site]
+        return value[index.to(value.device)] if value.shape[:1] == seen.batch.batch_size else value
+
+    def _of_layer(self, site: str, here: Tensor, tail: Tail, groups: Tensor) -> Read:
         """Read a layer, or say why not."""
-        here = value[index.to(value.device)] if value.shape[:1] == seen.batch.batch_size else value
         ruled_out = tail.final.isneginf() & (self.output_is == "logits")
         if not (tail.final.isfinite() | ruled_out).all():
             reason = _LOST
@@ -182,7 +193,7 @@ class ResidualLens(Method):
             reason = 0 if here.isfinite().all() else _NOT_FINITE
         if reason:
             return Read(torch.full_like(tail.final, torch.nan), self._nothing(tail), reason)
-        read = self._read(here, index, tail, seen)
+        read = self._read(here, tail.model.unit_axis(site, here), tail, groups)
         lost = {name: value for name, value in read.more.items() if value.is_floating_point() and value.isnan()}
         if read.reason or not lost:
             return read

@@ -31,8 +31,11 @@ def rolled_out(layers: Sequence[Tensor]) -> Tensor:
     Returns:
         ``[batch, position, position]``, float64: of each position at the end, the shares of those at the beginning.
     """
-    rollout = torch.eye(layers[0].shape[-1], dtype=torch.float64, device=layers[0].device).expand(layers[0].shape)
+    identity = torch.eye(layers[0].shape[-1], dtype=torch.float64, device=layers[0].device)
+    rollout = identity.expand(layers[0].shape)
     for weights in layers:
-        passing = 0.5 * (weights.double() + torch.eye(weights.shape[-1], dtype=torch.float64, device=weights.device))
-        rollout = passing / passing.sum(-1, keepdim=True) @ rollout
+        passing = weights.double() + identity
+        rollout = (
+            passing / passing.sum(-1, keepdim=True) @ rollout
+        )  # Ã = ½ (A + I), rows made to sum to 1: no ½ is left
     return rollout

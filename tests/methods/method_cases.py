@@ -52,6 +52,7 @@ from tdhook_train.latent import (
     MaxActivating,
     RidgeProbe,
     SteeringVectors,
+    TunedLens,
 )
 from tdhook_train.metrics import (
     Aopc,
@@ -507,6 +508,13 @@ CASES = (
         {"output_is": "values"},
         {"layers": [None], "head": [None, 3], "output_is": ["value"], "rows": [1]},
         frozenset({"lens", "kl", "agreement", "reason"}),
+    ),
+    Case(
+        TunedLens,
+        {"layers": ("0", "1"), "head": "2", "folds": 2, "steps": 5},
+        {"penalty": 1.0},
+        {"head": [None], "output_is": ["value"], "folds": [1], "penalty": [0.0, float("inf")], "steps": [0]},
+        frozenset({"lens", "kl", "agreement", "kl_untuned", "agreement_untuned", "converged", "reason"}),
     ),
     Case(
         MaxActivating,

@@ -325,6 +325,15 @@ def test_modules_that_keep_their_weights_to_themselves_are_named():
         measured(AttentionPatterns(), model, TensorDict(input=torch.randn(4, 3), batch_size=[4]))
 
 
+def test_probabilities_that_are_the_output_are_no_weights():
+    class PooledAttention(nn.Module):
+        def forward(self, x):
+            return x.softmax(-1)
+
+    with pytest.raises(NetworkError, match="gives out attention weights"):
+        measured(AttentionPatterns(), nn.Sequential(PooledAttention()), sequences())
+
+
 def test_weights_without_rows_are_refused():
     with pytest.raises(NetworkError, match=r"'layers.0' weighs \[2, 1, 6, 6\], which is not"):
         chosen(torch.eye(6).expand(2, 1, 6, 6), td=sequences(rows=4))

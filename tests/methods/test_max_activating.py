@@ -73,6 +73,7 @@ def test_the_inputs_are_those_of_the_rows():
 def test_each_row_is_kept_once_and_the_rest_is_nan():
     value = torch.arange(10.0)[:, None].expand(10, 4).clone()  # all units are greatest on the same rows
     out = ranked(value, k=2)
+    assert out["top", "input"].shape == (8, 2)  # the size goes by how many there may be, not by how many there are
     assert torch.equal(out["top", "input"][:2], out["input"][[8, 9]])
     assert out["top", "input"][2:].isnan().all()
     assert out["sample"][0].tolist() == [[1, 0]] * 4
@@ -177,6 +178,14 @@ def test_a_stream_gives_what_all_at_once_gives(sizes, inputs):
     assert set(stream.keys(True, True)) == keys
     for key in keys:
         torch.testing.assert_close(stream[key], whole[key], rtol=0, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("row", [3, 18])
+def test_a_stream_remembers_what_was_not_finite(row):
+    td = batch(20)
+    td["input"][row] = torch.nan
+    found = MaxActivating(k=2).over(mlp(3, 2), td.split(10), progress=False)
+    assert found["reason"].tolist() == [1]
 
 
 def test_a_stream_refuses_to_mix_weights():
