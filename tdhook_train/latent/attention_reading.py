@@ -64,19 +64,18 @@ class AttentionReading(Method):
 
     def _weights(self, seen: Seen, model: HookedModel) -> Mapping[str, Tensor]:
         """Return what each layer weighs, ``[row, head, query, key]``."""
-        whole = model.sequences is not None  # such a network runs on all of its sequences or on none
-        batch = seen.batch.select(*model.in_keys)
-        if not whole:
-            batch = batch[evenly_spaced(len(batch), self.rows).to(model.device())]
-        count = len(batch) if model.sequences is None else model.sequences[0]
-        found = attention_weights(model, batch, self.layers)
+        batch, apart = seen.batch.select(*model.in_keys), model.sequences is None
+        count = len(batch) if model.sequences is None else model.sequences[0]  # sequences run all together
+        index = evenly_spaced(count, self.rows)
+        given = batch[index.to(model.device())] if apart else batch
+        found = attention_weights(model, given, self.layers)
         for layer, value in found.items():
-            if len(value) != count:
+            if len(value) != (rows := len(index) if apart else count):
                 raise NetworkError(
                     f"{type(self).__name__}: {layer!r} weighs {list(value.shape)}, which is not [batch, head, query, "
-                    f"key] for {count} rows"
+                    f"key] for {rows} rows"
                 )
-        return {layer: value[evenly_spaced(count, self.rows)] for layer, value in found.items()}
+        return found if apart else {layer: value[index.to(value.device)] for layer, value in found.items()}
 
     def _reduced(self, value: Tensor) -> Tensor:
         return value if self.reduction == "none" else value.mean(0)

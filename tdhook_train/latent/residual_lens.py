@@ -19,19 +19,20 @@ from tdhook_train.keys import dotted, path_of
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.lens import scores
-from tdhook_train.ops.targets import first_floating, named, refuse_unknown
+from tdhook_train.ops.targets import first_floating, given_by, named, refuse_unknown
 from tdhook_train.ops.units import evenly_spaced
 
 __all__ = ["LENS_REASONS", "Read", "ResidualLens", "Tail"]
 
 _KINDS = ("logits", "values")
-_OTHER_SHAPE, _NOT_FINITE, _LOST, _CONSTANT = 1, 2, 3, 4
+_OTHER_SHAPE, _NOT_FINITE, _LOST, _CONSTANT, _LATER = 1, 2, 3, 4, 5
 LENS_REASONS = {
     0: "read, or no layer of this network",
     _OTHER_SHAPE: "the layer gives out another shape than the head takes in",
     _NOT_FINITE: "the layer, or what the head makes of it, is not finite",
     _LOST: "the network's own output is not finite",
     _CONSTANT: "the network's own output is the same on all rows: R² has no meaning",
+    _LATER: "the layer is part of the head, or runs after it",
 }
 
 
@@ -69,6 +70,13 @@ class Tail:
     def final(self) -> Tensor:
         """What the network gives out."""
         return self._whole[1]
+
+    @cached_property
+    def later(self) -> set[str]:
+        """The sites of the head and of all that runs after it."""
+        inside, ran = f"{parse(self.head).module}.", self.model.traced
+        begun = (i for i, row in enumerate(ran) if any(f"{path}.".startswith(inside) for path in row.paths))
+        return {str(row.site) for row in ran[next(begun, len(ran)) :]}
 
     @cached_property
     def _whole(self) -> tuple[Tensor, Tensor]:
@@ -111,7 +119,7 @@ class ResidualLens(Method):
         super().__post_init__()
         name = type(self).__name__
         for setting in ("layers", "head"):
-            if getattr(self, setting) is None:
+            if getattr(self, setting) in (None, ""):
                 raise SettingsError(f"{name} needs {setting}=: {_SAYS[setting]}")
         if not (isinstance(self.head, str) or callable(self.head)):
             raise SettingsError(f"{name} needs head= as one path, pattern, class or predicate, got {self.head!r}")
@@ -140,8 +148,8 @@ class ResidualLens(Method):
 
     def concerns(self, model: HookedModel) -> bool:
         """Whether this network has such layers, such a head and such an output."""
-        known = self.output is None or any(path_of(key) == path_of(self.output) for key in model.out_keys)
-        return known and model.has(self.head) and super().concerns(model)
+        known = self.output is None or given_by(named(self.output), model.out_keys)
+        return bool(known) and model.has(self.head) and super().concerns(model)
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """The layers, and the rows of the batch."""
@@ -185,7 +193,9 @@ class ResidualLens(Method):
     def _of_layer(self, site: str, here: Tensor, tail: Tail, groups: Tensor) -> Read:
         """Read a layer, or say why not."""
         ruled_out = tail.final.isneginf() & (self.output_is == "logits")
-        if not (tail.final.isfinite() | ruled_out).all():
+        if site in tail.later:
+            reason = _LATER
+        elif not (tail.final.isfinite() | ruled_out).all():
             reason = _LOST
         elif here.shape != tail.stream.shape:
             reason = _OTHER_SHAPE
@@ -211,7 +221,7 @@ class ResidualLens(Method):
         if len(heads) != 1:
             raise NetworkError(f"{type(self).__name__} reads by one head; head={shown(self.head)} names {heads}")
         items = parse(self.head).items if isinstance(self.head, str) else ()
-        key = first_floating(whole, model.out_keys) if self.output is None else self.output
+        key = self._key(whole, model)
         batch = whole.select(*model.in_keys)[index.to(model.device())]
         tail = Tail(model, batch, str(Site(heads[0], items)), key)
         if self.output_is == "logits" and (tail.final.ndim < 2 or tail.final.shape[-1] < 2):
@@ -220,6 +230,15 @@ class ResidualLens(Method):
                 "category alone; for numbers such as a value set output_is='values'"
             )
         return tail
+
+    def _key(self, whole: TensorDictBase, model: HookedModel) -> NestedKey:
+        """Return which output is read: of several below one key, as of a Hugging Face model, the first floating one."""
+        key = first_floating(whole, model.out_keys) if self.output is None else self.output
+        value = whole.get(key)
+        if isinstance(value, Tensor):
+            return key
+        below = [(*path_of(key), *path_of(name)) for name in value.keys(include_nested=True, leaves_only=True)]
+        return first_floating(whole, below)
 
 
 _SAYS = {

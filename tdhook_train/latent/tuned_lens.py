@@ -18,7 +18,7 @@ from tdhook_train.ops.translator import Translator, by_lbfgs, by_ridge
 
 __all__ = ["TunedLens"]
 
-_ONE_GROUP = 5
+_ONE_GROUP = 6
 
 
 @dataclass(frozen=True)

@@ -506,7 +506,7 @@ CASES = (
         LogitLens,
         {"layers": ("0", "1"), "head": "2"},
         {"output_is": "values"},
-        {"layers": [None], "head": [None, 3], "output_is": ["value"], "rows": [1]},
+        {"layers": [None], "head": [None, "", 3], "output_is": ["value"], "rows": [1]},
         frozenset({"lens", "kl", "agreement", "reason"}),
     ),
     Case(

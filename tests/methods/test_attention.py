@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
-from method_cases import measured, mlp
+from method_cases import Attending, measured, mlp
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.nn import functional as F
+from torchrl import modules as rl
+from torchrl.objectives import ClipPPOLoss
 
-from tdhook_train import ArtifactBuffer, At, HookedModel, Observer, ProbeSet
+from tdhook_train import ArtifactBuffer, At, Observer, ProbeSet
 from tdhook_train.errors import NetworkError, PathError
 from tdhook_train.latent import AttentionPatterns, AttentionRollout
 
@@ -366,28 +368,22 @@ def test_sequences_of_a_batch_are_attended_as_wholes():
 
 
 def test_live_beside_a_network_without_attention(tmp_path):
-    class Both(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder, self.head = encoder(), nn.Linear(8, 2)
-
-        def forward(self, input):
-            return self.head(self.encoder(input).mean(1))
-
-    model, td = Both(), sequences(rows=8)
+    actor = nn.Sequential(mlp(3, 5, 4, activation=Attending), rl.NormalParamExtractor())
+    actor = TensorDictModule(actor, ["observation"], ["loc", "scale"])
+    actor = rl.ProbabilisticActor(actor, ["loc", "scale"], distribution_class=rl.TanhNormal)
+    loss = ClipPPOLoss(actor, rl.ValueOperator(mlp(3, 5, 1), in_keys=["observation"]))
+    td = TensorDict(observation=torch.randn(8, 3), batch_size=[8])
     methods = {"patterns": AttentionPatterns(rows=4), "rollout": AttentionRollout(rows=4)}
     with Observer(methods, when=At(0), on=ProbeSet(td, groups="rows"), into=tmp_path) as observer:
-        observer.step(model, step=0)
+        observer.step(loss, step=0)
     buffer = ArtifactBuffer.open(tmp_path)
     assert buffer["patterns"].coords["batch"] == [0, 2, 4, 6]
-    expected = by_hand(model.encoder.layers[0].self_attn, td["input"][::2]).detach()
-    row = buffer["patterns"].last()[0]
-    torch.testing.assert_close(row["attention", "encoder.layers.0.self_attn"], expected)
-    assert buffer["rollout"].last()[0]["rollout"].shape == (4, 6, 6)
-    assert not AttentionPatterns().concerns(traced(mlp(3, 2), torch.zeros(2, 3)))
-
-
-def traced(module, x):
-    model = HookedModel(module, name="critic")
-    model.trace(TensorDict(input=x, batch_size=[len(x)]))
-    return model
+    (path,) = (path for path, module in loss.actor_network.named_modules() if isinstance(module, Attending))
+    attending = loss.actor_network.get_submodule(path)
+    before = loss.actor_network.get_submodule(path[:-1] + "0")
+    expected = by_hand(attending.heads, before(td["observation"][::2])[..., None]).detach()
+    found = {key: value for key, value in buffer["patterns"].last()[0].items(True, True) if "attention" in key}
+    (value,) = found.values()
+    torch.testing.assert_close(value, expected)
+    rollout = buffer["rollout"].last()[0]["actor_network", "rollout"]
+    torch.testing.assert_close(rollout, rollout_by_hand([expected[:, 0]]))

@@ -178,6 +178,25 @@ def test_an_encoder_is_read_at_every_position():
     assert out["kl"][-1] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("output", [None, ("output", "logits")])
+def test_a_language_model_of_hugging_face(output, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 11, "n_embd": 8, "n_head": 2, "n_layer": 3, "bos_token_id": 0, "eos_token_id": 0}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    td, x = TensorDict(input=torch.randint(0, 11, (6, 5)), batch_size=[6]), {}
+    handles = [model.transformer.h[i].register_forward_hook(lambda _m, _a, y, i=i: x.update({i: y})) for i in range(3)]
+    final = model(td["input"]).logits
+    for handle in handles:
+        handle.remove()
+    method = LogitLens("transformer.h.*", "transformer.ln_f", output=output)
+    with Observer({"lens": method}, when=At(0), on=ProbeSet(td, groups="rows"), into=tmp_path) as observer:
+        observer.step(model, step=0)
+    lens = ArtifactBuffer.open(tmp_path)["lens"].last()[0]["lens"]
+    expected = torch.stack([model.lm_head(model.transformer.ln_f(x[i])) for i in range(3)])
+    torch.testing.assert_close(lens, expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lens[-1], final.detach())
+
+
 # ------------------------------------------------------------------------------------------------- bad data
 
 
@@ -188,6 +207,21 @@ def test_a_layer_of_another_width_has_a_reason():
     assert out["lens"][0].isnan().all()
     assert out["kl"][0].isnan()
     assert out["lens"][1].isfinite().all()
+
+
+def test_layers_of_the_head_and_after_it_are_not_read():
+    class Late(Residual):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.after = nn.Sequential(nn.LayerNorm(6), nn.Tanh()), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.head(self.after(self.norm(self.stream(x)[-1])))
+
+    layers = ("blocks.2", "norm.0", "norm.1", "norm", "after")
+    out = measured(LogitLens(layers, "norm"), Late(), inputs())
+    assert out["reason"].tolist() == [0, 5, 5, 5, 5]
+    assert out["lens"][1:].isnan().all()
 
 
 def test_layers_and_outputs_that_are_not_finite_have_a_reason():
