@@ -19,7 +19,7 @@ from tdhook_train.keys import dotted, path_of
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.lens import scores
-from tdhook_train.ops.targets import first_floating, given_by, named, refuse_unknown
+from tdhook_train.ops.targets import first_floating, floating, given_by, named, refuse_unknown
 from tdhook_train.ops.units import evenly_spaced
 
 __all__ = ["LENS_REASONS", "Read", "ResidualLens", "Tail"]
@@ -28,7 +28,7 @@ _KINDS = ("logits", "values")
 _OTHER_SHAPE, _NOT_FINITE, _LOST, _CONSTANT, _LATER = 1, 2, 3, 4, 5
 LENS_REASONS = {
     0: "read, or no layer of this network",
-    _OTHER_SHAPE: "the layer gives out another shape than the head takes in",
+    _OTHER_SHAPE: "the layer gives out another shape than the head takes in, or no rows in front",
     _NOT_FINITE: "the layer, or what the head makes of it, is not finite",
     _LOST: "the network's own output is not finite",
     _CONSTANT: "the network's own output is the same on all rows: R² has no meaning",
@@ -36,7 +36,7 @@ LENS_REASONS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tail:
     """The rest of a network from its head on, as a function of what the head takes in.
 
@@ -45,12 +45,16 @@ class Tail:
         batch: its inputs.
         head: the site of the head's input.
         key: the output that is wanted.
+        stream: what the head takes in, ``[row, ...]``.
+        final: what the network gives out, ``[row, ...]``.
     """
 
     model: HookedModel
     batch: TensorDictBase
     head: str
     key: NestedKey
+    stream: Tensor
+    final: Tensor
 
     def __call__(self, stream: Tensor) -> Tensor:
         """Run the network, the head on this; with a graph back to it where gradients are on."""
@@ -59,17 +63,8 @@ class Tail:
 
     def on(self, rows: Tensor) -> Tail:
         """Return the rest of the network on some of the rows."""
-        return Tail(self.model, self.batch[rows.to(self.stream.device)], self.head, self.key)
-
-    @property
-    def stream(self) -> Tensor:
-        """What the head takes in."""
-        return self._whole[0]
-
-    @property
-    def final(self) -> Tensor:
-        """What the network gives out."""
-        return self._whole[1]
+        parts = (value[rows.to(self.stream.device)] for value in (self.stream, self.final))
+        return Tail(self.model, self.batch[rows.to(self.stream.device)], self.head, self.key, *parts)
 
     @cached_property
     def later(self) -> set[str]:
@@ -77,12 +72,6 @@ class Tail:
         inside, ran = f"{parse(self.head).module}.", self.model.traced
         begun = (i for i, row in enumerate(ran) if any(f"{path}.".startswith(inside) for path in row.paths))
         return {str(row.site) for row in ran[next(begun, len(ran)) :]}
-
-    @cached_property
-    def _whole(self) -> tuple[Tensor, Tensor]:
-        with self.model.run(self.batch) as run:
-            stream = run.get_input(self.head)
-        return stream.resolve(), run.output.get(self.key)
 
 
 @dataclass(frozen=True)
@@ -197,7 +186,7 @@ class ResidualLens(Method):
             reason = _LATER
         elif not (tail.final.isfinite() | ruled_out).all():
             reason = _LOST
-        elif here.shape != tail.stream.shape:
+        elif here.shape != tail.stream.shape or len(here) != len(groups):
             reason = _OTHER_SHAPE
         else:
             reason = 0 if here.isfinite().all() else _NOT_FINITE
@@ -207,7 +196,7 @@ class ResidualLens(Method):
         lost = {name: value for name, value in read.more.items() if value.is_floating_point() and value.isnan()}
         if read.reason or not lost:
             return read
-        constant = self.output_is == "values" and read.lens.isfinite().all()
+        constant = "r2" in lost and read.lens.isfinite().all()
         return Read(read.lens, read.more, _CONSTANT if constant else _NOT_FINITE)
 
     def _tail(self, whole: TensorDictBase, index: Tensor, model: HookedModel) -> Tail:
@@ -215,30 +204,32 @@ class ResidualLens(Method):
 
         Raises:
             NetworkError: several modules are named.
-            TargetError: the output is no logits.
+            TargetError: the output is no logits, or no floating-point number.
         """
         heads = [path for path, _ in model.chosen(self.head)]
         if len(heads) != 1:
             raise NetworkError(f"{type(self).__name__} reads by one head; head={shown(self.head)} names {heads}")
         items = parse(self.head).items if isinstance(self.head, str) else ()
-        key = self._key(whole, model)
-        batch = whole.select(*model.in_keys)[index.to(model.device())]
-        tail = Tail(model, batch, str(Site(heads[0], items)), key)
-        if self.output_is == "logits" and (tail.final.ndim < 2 or tail.final.shape[-1] < 2):
+        head, batch = str(Site(heads[0], items)), whole.select(*model.in_keys)[index.to(model.device())]
+        with model.run(batch) as run:
+            stream = run.get_input(head)
+        key = self._key(run.output, model)
+        final = floating({dotted(key): run.output.get(key)})[dotted(key)]
+        if self.output_is == "logits" and (final.ndim < 2 or final.shape[-1] < 2):
             raise TargetError(
-                f"{type(self).__name__} reads {dotted(key)!r} as logits, and it has {list(tail.final.shape)}: one "
-                "category alone; for numbers such as a value set output_is='values'"
+                f"{type(self).__name__} reads {dotted(key)!r} as logits, and it has {list(final.shape)}: one category "
+                "alone; for numbers such as a value set output_is='values'"
             )
-        return tail
+        return Tail(model, batch, head, key, stream.resolve(), final)
 
-    def _key(self, whole: TensorDictBase, model: HookedModel) -> NestedKey:
+    def _key(self, outputs: TensorDictBase, model: HookedModel) -> NestedKey:
         """Return which output is read: of several below one key, as of a Hugging Face model, the first floating one."""
-        key = first_floating(whole, model.out_keys) if self.output is None else self.output
-        value = whole.get(key)
+        key = first_floating(outputs, model.out_keys) if self.output is None else self.output
+        value = outputs.get(key)
         if isinstance(value, Tensor):
             return key
         below = [(*path_of(key), *path_of(name)) for name in value.keys(include_nested=True, leaves_only=True)]
-        return first_floating(whole, below)
+        return first_floating(outputs, below)
 
 
 _SAYS = {

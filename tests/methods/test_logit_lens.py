@@ -13,7 +13,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from tdhook_train import ArtifactBuffer, At, Observer, ProbeSet
 from tdhook_train.errors import NetworkError, PathError, TargetError
-from tdhook_train.latent import LogitLens
+from tdhook_train.latent import LogitLens, TunedLens
 
 
 class Block(nn.Module):
@@ -207,6 +207,31 @@ def test_a_layer_of_another_width_has_a_reason():
     assert out["lens"][0].isnan().all()
     assert out["kl"][0].isnan()
     assert out["lens"][1].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [LogitLens, TunedLens])
+def test_streams_with_time_in_front_have_a_reason(kind):
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.block, self.head = nn.Linear(3, 6), Block(6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(self.block(self.embed(x.transpose(0, 1)))).transpose(0, 1)
+
+    td = TensorDict(input=torch.randn(8, 5, 3), batch_size=[8])
+    out = measured(kind(("embed", "block"), "head"), Turned(), td)
+    assert out["reason"].tolist() == [1, 1]
+
+
+def test_an_output_of_whole_numbers_is_refused():
+    class Acts(Residual):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits, logits.argmax(-1)
+
+    with pytest.raises(TargetError, match=r"'action' is torch\.int64"):
+        measured(LogitLens(STREAM, "norm", output="action"), Acts(), inputs(), out_keys=["logits", "action"])
 
 
 def test_layers_of_the_head_and_after_it_are_not_read():
