@@ -119,6 +119,13 @@ def test_a_rotated_copy_is_recovered_where_the_logit_lens_is_blind(wrap):
     assert out["kl_untuned"][1] == 0
 
 
+def test_too_few_steps_are_said_and_scored_all_the_same():
+    out = chosen(nn.Linear(6, 4), *planted(), steps=1)
+    assert out["converged"].tolist() == [0, 1]
+    assert out["kl"][0] < out["kl_untuned"][0]
+    assert out["reason"].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("wrap", [False, True])
 def test_values_of_a_rotated_copy(wrap):
     head = nn.Linear(6, 1)
