@@ -4,11 +4,16 @@ from tdhook_train.latent.ablate import Ablate
 from tdhook_train.latent.activation_addition import ActivationAddition
 from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
+from tdhook_train.latent.attention_patterns import AttentionPatterns
+from tdhook_train.latent.attention_rollout import AttentionRollout
 from tdhook_train.latent.attribution_patching import AttributionPatching
 from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
+from tdhook_train.latent.logit_lens import LogitLens
+from tdhook_train.latent.max_activating import MaxActivating
 from tdhook_train.latent.ridge_probe import RidgeProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
+from tdhook_train.latent.tuned_lens import TunedLens
 from tdhook_train.ops.objectives import (
     Kl,
     LogitDifference,
@@ -24,6 +29,8 @@ __all__ = [
     "ActivationAddition",
     "ActivationCache",
     "ActivationPatching",
+    "AttentionPatterns",
+    "AttentionRollout",
     "AttributionPatching",
     "Cka",
     "Kl",
@@ -31,9 +38,12 @@ __all__ = [
     "LogisticProbe",
     "LogitDifference",
     "LogitGap",
+    "LogitLens",
+    "MaxActivating",
     "NegativeLoss",
     "NormalLogProb",
     "RidgeProbe",
     "SteeringVectors",
     "TanhNormalLogProb",
+    "TunedLens",
 ]

@@ -58,11 +58,16 @@ from tdhook_train.latent import (
     ActivationAddition,
     ActivationCache,
     ActivationPatching,
+    AttentionPatterns,
+    AttentionRollout,
     AttributionPatching,
     Cka,
     LogisticProbe,
+    LogitLens,
+    MaxActivating,
     RidgeProbe,
     SteeringVectors,
+    TunedLens,
 )
 from tdhook_train.metrics import (
     Aopc,
@@ -95,6 +100,18 @@ class Case:
 
     def method(self):
         return self.make(**self.settings)
+
+
+class Attending(nn.Module):
+    """Attention among the features of a row, in the place of an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.MultiheadAttention(1, 1, batch_first=True)
+
+    def forward(self, x):
+        parts = x.unsqueeze(-1)
+        return self.heads(parts, parts, parts, need_weights=False)[0].squeeze(-1)
 
 
 def double(_layer, output):
@@ -566,6 +583,43 @@ CASES = (
         {"epsilon": 0.1},
         {"epsilon": [0.0, -1.0, float("nan")]},
         frozenset(FeatureRank.writes),
+    ),
+    Case(
+        AttentionPatterns,
+        {"rows": 4},
+        {"reduction": "mean"},
+        {"rows": [0], "reduction": ["sum"]},
+        frozenset({("attention", "1.heads")}),
+        Attending,
+    ),
+    Case(
+        AttentionRollout,
+        {"rows": 4},
+        {"fusion": "max"},
+        {"rows": [0], "reduction": ["sum"], "fusion": ["sum"]},
+        frozenset({"rollout"}),
+        Attending,
+    ),
+    Case(
+        LogitLens,
+        {"layers": ("0", "1"), "head": "2"},
+        {"output_is": "values"},
+        {"layers": [None], "head": [None, "", 3], "output_is": ["value"], "rows": [1]},
+        frozenset({"lens", "kl", "agreement", "reason"}),
+    ),
+    Case(
+        TunedLens,
+        {"layers": ("0", "1"), "head": "2", "folds": 2, "steps": 5},
+        {"penalty": 1.0},
+        {"head": [None], "output_is": ["value"], "folds": [1], "penalty": [0.0, float("inf")], "steps": [0]},
+        frozenset({"lens", "kl", "agreement", "kl_untuned", "agreement_untuned", "converged", "reason"}),
+    ),
+    Case(
+        MaxActivating,
+        {"layers": ("0", "1"), "k": 3},
+        {"inputs": 1},
+        {"k": [0], "inputs": [-1, 4]},
+        frozenset({*MaxActivating.writes, ("top", "input")} - {"top"}),
     ),
 )
 
