@@ -6,6 +6,7 @@ from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
 from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
+from tdhook_train.latent.mean_difference_probe import MeanDifferenceProbe
 from tdhook_train.latent.ridge_probe import RidgeProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
 from tdhook_train.ops.objectives import (
@@ -27,6 +28,7 @@ __all__ = [
     "LogProb",
     "LogisticProbe",
     "LogitDifference",
+    "MeanDifferenceProbe",
     "NegativeLoss",
     "NormalLogProb",
     "RidgeProbe",

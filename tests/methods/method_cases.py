@@ -46,6 +46,7 @@ from tdhook_train.latent import (
     ActivationPatching,
     Cka,
     LogisticProbe,
+    MeanDifferenceProbe,
     RidgeProbe,
     SteeringVectors,
 )
@@ -402,6 +403,19 @@ CASES = (
         {"C": 10.0},
         {"folds": [1], "C": [0.0, -1.0, float("inf"), float("nan")], "shifts": [-1], "target": [(0,)]},
         frozenset(LogisticProbe.writes),
+    ),
+    Case(
+        MeanDifferenceProbe,
+        {
+            "layers": ("0", "1"),
+            "target": {"x": above_zero, "late": "late"},
+            "folds": 3,
+            "shifts": 5,
+            "directions": True,
+        },
+        {"folds": 4},
+        {"folds": [1], "shifts": [-1], "target": [(0,)]},
+        frozenset(MeanDifferenceProbe.writes),
     ),
     Case(
         RidgeProbe,
