@@ -8,6 +8,7 @@ from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
 from tdhook_train.latent.mean_difference_probe import MeanDifferenceProbe
 from tdhook_train.latent.ridge_probe import RidgeProbe
+from tdhook_train.latent.sklearn_probe import SklearnProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
 from tdhook_train.ops.objectives import (
     Kl,
@@ -32,6 +33,7 @@ __all__ = [
     "NegativeLoss",
     "NormalLogProb",
     "RidgeProbe",
+    "SklearnProbe",
     "SteeringVectors",
     "TanhNormalLogProb",
 ]

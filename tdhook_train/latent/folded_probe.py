@@ -34,7 +34,8 @@ def key_of(score: str, kind: str) -> str:
 def written(*scores: str) -> dict[str, str]:
     """Name what a probe with these scores writes, and the dimensions."""
     keys = [key_of(score, kind) for score in scores for kind in _KINDS]
-    return dict.fromkeys((*keys, "reason", "null_reason"), "layer target")
+    classes = () if scores == ("r2",) else ("classes",)
+    return dict.fromkeys((*keys, *classes, "reason", "null_reason"), "layer target")
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class FoldedProbe(LayerProbe):
 
     def _beside(self, blocks: Sequence[Tensor], targets: FoldedTargets, reason: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         """What else is written, from all layers, the targets and ``reason`` ``[layer, target]``."""
-        return {}
+        return {"classes": targets.classes.expand(len(blocks), -1).clone()} if self._tells_classes else {}
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """Layers, targets and, where there are any, the classes of each target."""
@@ -145,7 +146,7 @@ class FoldedProbe(LayerProbe):
 
     def _held_out(self, name: str, x: Tensor, y: Tensor, split: Split) -> Predicted:  # noqa: ARG002 - for errors
         """Predict every fold from the others, rows of folds that are not fitted left at zero, on the CPU."""
-        x, y, out = x.double(), y.to(x.device), None
+        x, y, out = x.detach().double(), y.to(x.device), None
         for fold in split.fitted.nonzero()[:, 0].tolist():
             held = split.folds == fold
             there = held.to(x.device)

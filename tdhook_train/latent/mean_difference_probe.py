@@ -64,7 +64,6 @@ class MeanDifferenceProbe(FoldedProbe):
 
     writes: ClassVar[Mapping[str, str]] = {
         **written("balanced_accuracy", "auc"),
-        "classes": "layer target",
         "direction": "layer target unit",
     }
 
@@ -93,15 +92,15 @@ class MeanDifferenceProbe(FoldedProbe):
         return nearest
 
     def _beside(self, blocks: Sequence[Tensor], targets: FoldedTargets, reason: Tensor) -> dict[str, Tensor]:
-        classes = targets.classes.expand(len(blocks), -1).clone()
+        values = super()._beside(blocks, targets, reason)
         if not self.directions:
-            return {"classes": classes}
-        two = was_scored(reason) & (classes == 2)
+            return values
+        two = was_scored(reason) & (values["classes"] == 2)
         found = []
         for block, kept in zip(blocks, two, strict=True):
-            means = _means(block.double(), targets.y.clamp(max=1).to(block.device), 2)
+            means = _means(block.detach().double(), targets.y.clamp(max=1).to(block.device), 2)
             found.append(torch.where(kept, (means[:, 1] - means[:, 0]).mT.cpu(), torch.nan))
-        return {"classes": classes, "direction": padded(found).mT}
+        return values | {"direction": padded(found).mT}
 
 
 def _means(x: Tensor, y: Tensor, classes: int) -> Tensor:
