@@ -214,7 +214,7 @@ class _Fits:
             split = Split(folds, self._targets.fitted[:, first], k, seed)
             wide = y[:, :, None] if shifts is None else torch.cat([y[None], y[shifts]]).permute(1, 2, 0)
             at_once = max(1, _NUMBERS // (wide.numel() * max(1, k) * self._probe._variants()))
-            for some in self._finite.nonzero()[:, 0].split(at_once):
+            for some in self._finite.nonzero()[:, 0].split(at_once) if self._finite.any() else ():
                 said = [self._probe._held_out(names[i], self._blocks[i], wide.flatten(1), split) for i in some.tolist()]
                 self._score(torch.meshgrid(some, torch.tensor(group), indexing="ij"), stacked(said), wide, split)
         return self
