@@ -4,6 +4,7 @@ from tdhook_train.latent.ablate import Ablate
 from tdhook_train.latent.activation_addition import ActivationAddition
 from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
+from tdhook_train.latent.bilinear_probe import BilinearProbe
 from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
 from tdhook_train.latent.mean_difference_probe import MeanDifferenceProbe
@@ -24,6 +25,7 @@ __all__ = [
     "ActivationAddition",
     "ActivationCache",
     "ActivationPatching",
+    "BilinearProbe",
     "Cka",
     "Kl",
     "LogProb",

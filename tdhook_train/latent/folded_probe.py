@@ -20,7 +20,7 @@ from tdhook_train.ops.held_out import Predicted, empty, scores_of, stacked
 from tdhook_train.ops.join import Labels, Measured
 from tdhook_train.ops.targets import columns, named
 
-__all__ = ["FoldedProbe", "Split", "key_of", "written"]
+__all__ = ["Fits", "FoldedProbe", "Split", "key_of", "written"]
 
 _NUMBERS = 1 << 24  # predicted at a time
 _KINDS = ("", "_pooled", "_observation", "_initial", "_null", "_p")
@@ -88,15 +88,16 @@ class FoldedProbe(LayerProbe):
             3: "there is one trajectory, so none can be held out",
             4: "the activations are not finite",
             5: "the target is not finite",
-            6: "what was predicted is not finite",
+            6: "the fit did not converge, or what it predicts is not finite",
             7: "scored, without the folds that lack a class or in which the target is constant",
+            8: "the layer gives more features or rows than can be solved",
         },
         "null_reason": {
             0: "scored",
             1: "the score itself is NaN",
             2: "rows are not whole trajectories in time order",
             3: "no shifts were asked for",
-            4: "what was predicted of a shifted target is not finite",
+            4: "a fit to a shifted target did not converge, or what it predicts is not finite",
         },
     }
 
@@ -121,12 +122,16 @@ class FoldedProbe(LayerProbe):
         """In how many ways each target is fitted; the score is the best of them, for data and shifts alike."""
         return 1
 
+    def _too_large(self, x: Tensor) -> bool:  # noqa: ARG002 - subclasses that need much memory use it
+        """Whether the activations of a layer, ``[n, ...]``, are more than can be solved."""
+        return False
+
     def _seed(self, generator: torch.Generator) -> int:  # noqa: ARG002 - subclasses that draw use it
         """The seed of fits that draw random numbers."""
         return 0
 
-    def _beside(self, blocks: Sequence[Tensor], targets: FoldedTargets, reason: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        """What else is written, from all layers, the targets and ``reason`` ``[layer, target]``."""
+    def _beside(self, blocks: Sequence[Tensor], targets: FoldedTargets, found: Fits) -> dict[str, Tensor]:  # noqa: ARG002
+        """What else is written, from all layers, the targets and what was found."""
         return {"classes": targets.classes.expand(len(blocks), -1).clone()} if self._tells_classes else {}
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
@@ -167,7 +172,7 @@ class FoldedProbe(LayerProbe):
         why_no_null = self._no_null(seen, self.shifts)
         shifts = None if why_no_null or folds is None else circular_shifts(groups, self.shifts, generator)
         sites = [f"layer {site!r}" for part in parts.values() for site in self.scored(part.model)]
-        found = _Fits(self, blocks, targets).solve(sites, shifts, self._seed(generator))
+        found = Fits(self, blocks, targets).solve(sites, shifts, self._seed(generator))
         raw, initial = self._spread(self._baselines(parts, targets), parts)
         null, p, null_reason = found.test(why_no_null)
         kinds = (found.mean, found.pooled, raw, initial, null, p)
@@ -176,7 +181,7 @@ class FoldedProbe(LayerProbe):
             for i, score in enumerate(self._names())
             for kind, value in zip(_KINDS, kinds, strict=True)
         }
-        values |= {"reason": found.reason, "null_reason": null_reason, **self._beside(blocks, targets, found.reason)}
+        values |= {"reason": found.reason, "null_reason": null_reason, **self._beside(blocks, targets, found)}
         return Measured(dict(values), {key: tuple(self.writes[key].split()) for key in values})
 
     def _baselines(self, parts: Parts, targets: FoldedTargets) -> Tensor:
@@ -185,12 +190,12 @@ class FoldedProbe(LayerProbe):
         if "baselines" not in memo or not torch.equal(memo["baselines"][0], targets.y):
             raw, initial = self._baseline_blocks(parts)
             names = ["the raw input"] * len(raw) + ["a layer of the initial network"] * len(initial)
-            memo["baselines"] = targets.y, _Fits(self, raw + initial, targets).solve(names, None, 0).mean
+            memo["baselines"] = targets.y, Fits(self, raw + initial, targets).solve(names, None, 0).mean
         mean: Tensor = memo["baselines"][1]
         return mean
 
 
-class _Fits:
+class Fits:
     """Scores of many blocks on many targets; what cannot be scored is NaN, and ``reason`` says why."""
 
     def __init__(self, probe: FoldedProbe, blocks: Sequence[Tensor], targets: FoldedTargets) -> None:
@@ -199,11 +204,16 @@ class _Fits:
         self.mean = torch.full(shape, torch.nan, dtype=torch.float64)
         self.pooled = self.mean.clone()
         self.shifted: Tensor | None = None  # [score, block, target, shift]
-        self._finite = torch.tensor([bool(block.isfinite().all()) for block in blocks])
-        possible = was_scored(targets.reason)
-        self.reason = torch.where(possible & ~self._finite[:, None], 4, targets.reason).to(torch.int8)
+        self.variant = torch.zeros(shape[1:], dtype=torch.int64)  # which was best
+        of_layer = torch.tensor([self._why_not(block) for block in blocks], dtype=torch.int8)
+        self._usable = (of_layer == 0).nonzero()[:, 0]
+        possible = was_scored(targets.reason) & (of_layer != 0)[:, None]
+        self.reason = torch.where(possible, of_layer[:, None], targets.reason)
 
-    def solve(self, names: Sequence[str], shifts: Tensor | None, seed: int) -> _Fits:
+    def _why_not(self, block: Tensor) -> int:
+        return 4 if not block.isfinite().all() else 8 if self._probe._too_large(block) else 0
+
+    def solve(self, names: Sequence[str], shifts: Tensor | None, seed: int) -> Fits:
         """Fit and score the targets, and the targets shifted."""
         count = 0 if shifts is None else len(shifts)
         if shifts is not None:
@@ -214,7 +224,7 @@ class _Fits:
             split = Split(folds, self._targets.fitted[:, first], k, seed)
             wide = y[:, :, None] if shifts is None else torch.cat([y[None], y[shifts]]).permute(1, 2, 0)
             at_once = max(1, _NUMBERS // (wide.numel() * max(1, k) * self._probe._variants()))
-            for some in self._finite.nonzero()[:, 0].split(at_once) if self._finite.any() else ():
+            for some in self._usable.split(at_once) if len(self._usable) else ():
                 said = [self._probe._held_out(names[i], self._blocks[i], wide.flatten(1), split) for i in some.tolist()]
                 self._score(torch.meshgrid(some, torch.tensor(group), indexing="ij"), stacked(said), wide, split)
         return self
@@ -226,7 +236,9 @@ class _Fits:
         scored = scores_of(self._probe._names(), said, truth, split.folds, split.fitted, used)
         finite = said.finite().unflatten(-1, shape).all(-1)  # [block, target, 1 + shift]
         mean, pooled = (torch.where(finite[..., None], part.unflatten(-1, shape), torch.nan) for part in scored)
-        best = mean[:1].nan_to_num(-torch.inf).argmax(-1, keepdim=True).expand(len(mean), -1, -1, -1, -1)
+        best = mean[:1].nan_to_num(-torch.inf).argmax(-1, keepdim=True)
+        self.variant[place] = best[0, :, :, 0, 0]
+        best = best.expand(len(mean), -1, -1, -1, -1)
         mean, pooled = mean.gather(-1, best)[..., 0], pooled.gather(-1, best)[..., 0]
         self.mean[:, place[0], place[1]], self.pooled[:, place[0], place[1]] = mean[..., 0], pooled[..., 0]
         self.reason[place] = torch.where(finite[..., 0], self.reason[place], 6).to(torch.int8)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tdhook_train.latent.folded_probe import FoldedProbe, Split, written
+from tdhook_train.latent.folded_probe import Fits, FoldedProbe, Split, written
 from tdhook_train.latent.folded_targets import FoldedTargets, was_scored
 from tdhook_train.ops.held_out import Predicted
 from tdhook_train.ops.units import padded
@@ -91,16 +91,16 @@ class MeanDifferenceProbe(FoldedProbe):
 
         return nearest
 
-    def _beside(self, blocks: Sequence[Tensor], targets: FoldedTargets, reason: Tensor) -> dict[str, Tensor]:
-        values = super()._beside(blocks, targets, reason)
+    def _beside(self, blocks: Sequence[Tensor], targets: FoldedTargets, found: Fits) -> dict[str, Tensor]:
+        values = super()._beside(blocks, targets, found)
         if not self.directions:
             return values
-        two = was_scored(reason) & (values["classes"] == 2)
-        found = []
+        two = was_scored(found.reason) & (values["classes"] == 2)
+        differences = []
         for block, kept in zip(blocks, two, strict=True):
             means = _means(block.detach().double(), targets.y.clamp(max=1).to(block.device), 2)
-            found.append(torch.where(kept, (means[:, 1] - means[:, 0]).mT.cpu(), torch.nan))
-        return values | {"direction": padded(found).mT}
+            differences.append(torch.where(kept, (means[:, 1] - means[:, 0]).mT.cpu(), torch.nan))
+        return values | {"direction": padded(differences).mT}
 
 
 def _means(x: Tensor, y: Tensor, classes: int) -> Tensor:

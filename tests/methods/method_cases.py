@@ -51,6 +51,7 @@ from tdhook_train.latent import (
     ActivationAddition,
     ActivationCache,
     ActivationPatching,
+    BilinearProbe,
     Cka,
     LogisticProbe,
     MeanDifferenceProbe,
@@ -411,6 +412,20 @@ CASES = (
         {"C": 10.0},
         {"folds": [1], "C": [0.0, -1.0, float("inf"), float("nan")], "shifts": [-1], "target": [(0,)]},
         frozenset(LogisticProbe.writes),
+    ),
+    Case(
+        BilinearProbe,
+        {"layers": ("0", "1"), "target": {"x": ("input", 0), "y": "y"}, "folds": 3, "shifts": 5},
+        {"right": "1"},
+        {
+            "folds": [1],
+            "shifts": [-1],
+            "target": [(0,)],
+            "alphas": [(), (0.0,), (float("nan"),)],
+            "rank": [0],
+            "right": [("0", "1")],
+        },
+        frozenset(BilinearProbe.writes),
     ),
     Case(
         MeanDifferenceProbe,

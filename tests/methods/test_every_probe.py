@@ -12,7 +12,7 @@ from torch import nn
 
 from tdhook_train import HookedModel, Seen
 from tdhook_train.errors import GroupsError
-from tdhook_train.latent import LogisticProbe, MeanDifferenceProbe, RidgeProbe, SklearnProbe
+from tdhook_train.latent import BilinearProbe, LogisticProbe, MeanDifferenceProbe, RidgeProbe, SklearnProbe
 from tdhook_train.method import Part
 
 
@@ -31,7 +31,7 @@ class Row:
 
     @property
     def name(self):
-        return self.make.__name__ + ("" if not self.settings else " " + ("classifier" if self.classes else "regressor"))
+        return " ".join([self.make.__name__, *(f"{key}={value}" for key, value in self.settings)])
 
 
 def row(make, score, classes, *, refuses_one_trajectory=False, **settings):
@@ -43,6 +43,8 @@ PROBES = (
     row(RidgeProbe, "r2", False, refuses_one_trajectory=True),
     row(LogisticProbe, "balanced_accuracy", True),
     row(MeanDifferenceProbe, "balanced_accuracy", True),
+    row(BilinearProbe, "r2", False),
+    row(BilinearProbe, "r2", False, rank=1, alphas=(10.0,), folds=3),
     row(SklearnProbe, "r2", False, estimator=Ridge()),
     row(SklearnProbe, "balanced_accuracy", True, folds=3, estimator=LogisticRegression(solver="newton-cholesky")),
 )
