@@ -24,9 +24,8 @@ ALPHAS = (1e-2, 1.0, 1e2)
 def trajectories(n=96, length=6, seed=0):
     g = torch.Generator().manual_seed(seed)
     x, noise = torch.randn(n, 3, generator=g), 0.1 * torch.randn(n, generator=g)
-    return TensorDict({"input": x, "product": x[:, 0] * x[:, 1] + noise, "linear": x[:, 2] + 1}, [n]), torch.arange(
-        n
-    ) // length
+    td = TensorDict({"input": x, "product": x[:, 0] * x[:, 1] + noise, "linear": x[:, 2] + 1}, [n])
+    return td, torch.arange(n) // length
 
 
 def products(left, right):
@@ -101,11 +100,11 @@ def planted(rows=240, width=6, rank=1, noise=0.0):
     x = torch.randn(rows, 2 * width, generator=g)
     a, b = torch.randn(2, rank, width, generator=g)
     y = ((x[:, :width] @ a.T) * (x[:, width:] @ b.T)).sum(1) + noise * torch.randn(rows, generator=g)
-    return TensorDict({"input": x, "y": y}, [rows]), torch.arange(rows) // 8, a, b
+    return TensorDict({"input": x, "y": y}, [rows]), torch.arange(rows) // 8
 
 
 def test_a_planted_form_of_two_layers_is_found_where_no_linear_probe_finds_anything():
-    td, groups, *_ = planted()
+    td, groups = planted()
     known = {"groups": groups, "ordered": True, "generator": torch.Generator().manual_seed(0)}
     settings = {"target": "y", "layers": ("first", "second")}
     linear = measured(RidgeProbe(**settings), Halves(6), td, **known)["r2"]
@@ -118,7 +117,7 @@ def test_a_planted_form_of_two_layers_is_found_where_no_linear_probe_finds_anyth
 
 
 def test_a_planted_form_of_low_rank_is_found_from_fewer_rows_than_it_has_products():
-    td, groups, *_ = planted(rows=64, width=8)
+    td, groups = planted(rows=64, width=8)
     known = {"groups": groups, "ordered": True}
     settings = {"target": "y", "layers": "first", "right": "second", "shifts": 0, "alphas": (1e-2, 1.0), "folds": 4}
     low = measured(BilinearProbe(rank=1, **settings), Halves(8), td, **known)
@@ -129,7 +128,7 @@ def test_a_planted_form_of_low_rank_is_found_from_fewer_rows_than_it_has_product
 
 
 def test_a_form_of_low_rank_is_a_minimum_that_no_other_start_beats():
-    td, _, a, b = planted(rows=80, width=4, rank=2, noise=0.5)
+    td, _ = planted(rows=80, width=4, rank=2, noise=0.5)
     h, g, y = td["input"][:, :4].double(), td["input"][:, 4:].double(), td["y"].double()
     alpha, start = 3.0, BilinearRidge(h, g, y[:, None], (3.0,)).form(0)
     fit = LowRankBilinear(h, g, y, alpha, 1, start)
@@ -149,7 +148,7 @@ def test_a_form_of_low_rank_is_a_minimum_that_no_other_start_beats():
 
 
 def test_a_rank_that_leaves_everything_open_gives_the_exact_form():
-    td, *_ = planted(rows=80, width=3, rank=3, noise=0.5)
+    td, _ = planted(rows=80, width=3, rank=3, noise=0.5)
     h, g, y = td["input"][:, :3].double(), td["input"][:, 3:].double(), td["y"].double()
     exact = BilinearRidge(h, g, y[:, None], (3.0,))
     wrong = torch.eye(3, dtype=torch.float64)  # a start of full rank, from which the sides find their way
@@ -207,16 +206,12 @@ def test_layers_of_zeros_and_units_that_are_dead_know_nothing():
             return x * torch.tensor([0.0, 1.0, 0.0])
 
     td, groups = trajectories()
-    alive = probed(td, groups, nn.Sequential(Dead()), BilinearProbe(target="product", alphas=ALPHAS, shifts=1))
-    only = td.clone()
-    only["input"] = td["input"][:, [1]]
-    expected = probed(only, groups, nn.Sequential(nn.Identity()), BilinearProbe(target="product", shifts=1))
-    assert float(alive["r2"]) == pytest.approx(
-        float(probed(only, groups, nn.Sequential(nn.Identity()), BilinearProbe(target="product", alphas=ALPHAS))["r2"])
-    )
-    assert expected["r2"].isfinite().all()
+    probe, same = BilinearProbe(target="product", alphas=ALPHAS, shifts=1), nn.Sequential(nn.Identity())
+    alive = probed(td, groups, nn.Sequential(Dead()), probe)
+    only = td.clone().set("input", td["input"][:, [1]])
+    assert float(alive["r2"]) == pytest.approx(float(probed(only, groups, same, probe)["r2"]), abs=1e-12)
     td["input"] = torch.zeros_like(td["input"])
-    out = probed(td, groups, nn.Sequential(nn.Identity()))
+    out = probed(td, groups, same, probe)
     assert float(out["r2"]) <= 0
     assert int(out["reason"]) == 0
 
@@ -225,13 +220,8 @@ def test_what_is_too_large_to_solve_says_so(monkeypatch):
     monkeypatch.setattr("tdhook_train.latent.bilinear_probe._MAX_SIZE", 40)
     td, groups = trajectories()
     out = probed(td, groups, mlp(3, 7, 2), BilinearProbe(target="product", shifts=1))
-    assert [
-        "more features or rows" in BilinearProbe.legend["reason"][code] for code in out["reason"][:, 0].tolist()
-    ] == [
-        True,
-        True,
-        False,
-    ]
+    why = [BilinearProbe.legend["reason"][code] for code in out["reason"][:, 0].tolist()]
+    assert why == ["the layer gives more features or rows than can be solved"] * 2 + ["scored"]
     assert out["r2"].isnan().tolist() == [[True], [True], [False]]
     assert out["r2_observation"].isfinite().all()
 
