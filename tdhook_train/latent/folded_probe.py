@@ -16,7 +16,7 @@ from tdhook_train.latent.layer_probe import LayerProbe, null_place
 from tdhook_train.method import Parts, Seen
 from tdhook_train.ops.classification import classes_of
 from tdhook_train.ops.folds import circular_shifts
-from tdhook_train.ops.held_out import Predicted, empty, scores_of, stacked
+from tdhook_train.ops.held_out import Predicted, empty, mean_scores, scores_of, stacked
 from tdhook_train.ops.join import Labels, Measured
 from tdhook_train.ops.targets import columns, named
 
@@ -230,17 +230,21 @@ class Fits:
         return self
 
     def _score(self, place: tuple[Tensor, ...], said: Predicted, y: Tensor, split: Split) -> None:
-        shape = *y.shape[1:], self._probe._variants()  # target, 1 + shift, variant
+        names, shape = self._probe._names(), (*y.shape[1:], self._probe._variants())  # target, 1 + shift, variant
         truth = y.flatten(1).repeat_interleave(shape[-1], 1)
-        used = self._targets.used[:, int(place[1][0, 0])]
-        scored = scores_of(self._probe._names(), said, truth, split.folds, split.fitted, used)
         finite = said.finite().unflatten(-1, shape).all(-1)  # [block, target, 1 + shift]
-        mean, pooled = (torch.where(finite[..., None], part.unflatten(-1, shape), torch.nan) for part in scored)
+        mean = mean_scores(names, said, truth, split.folds, self._targets.used[:, int(place[1][0, 0])])
+        mean = torch.where(finite[..., None], mean.unflatten(-1, shape), torch.nan)
         best = mean[:1].nan_to_num(-torch.inf).argmax(-1, keepdim=True)
         self.variant[place] = best[0, :, :, 0, 0]
-        best = best.expand(len(mean), -1, -1, -1, -1)
-        mean, pooled = mean.gather(-1, best)[..., 0], pooled.gather(-1, best)[..., 0]
-        self.mean[:, place[0], place[1]], self.pooled[:, place[0], place[1]] = mean[..., 0], pooled[..., 0]
+        mean = mean.gather(-1, best.expand(len(mean), -1, -1, -1, -1))[..., 0]
+        own = torch.arange(truth.shape[1]).view(shape)[:, 0].flatten()  # shifts need no more than the mean
+        pooled = scores_of(names, said.of_targets(own), truth[:, own], split.fitted[split.folds])
+        pooled = pooled.unflatten(-1, (shape[0], -1)).gather(-1, best[:, :, :, 0].expand(len(pooled), -1, -1, -1))[
+            ..., 0
+        ]
+        self.mean[:, place[0], place[1]] = mean[..., 0]
+        self.pooled[:, place[0], place[1]] = torch.where(finite[..., 0], pooled, torch.nan)
         self.reason[place] = torch.where(finite[..., 0], self.reason[place], 6).to(torch.int8)
         if self.shifted is not None:
             self.shifted[:, place[0], place[1]] = mean[..., 1:]

@@ -12,7 +12,7 @@ from torch.nn import functional
 from tdhook_train.ops.classification import areas, recalls
 from tdhook_train.ops.ridge import constant
 
-__all__ = ["Predicted", "empty", "scores_of", "stacked", "varying"]
+__all__ = ["Predicted", "empty", "mean_scores", "scores_of", "stacked", "varying"]
 
 
 @dataclass
@@ -38,6 +38,11 @@ class Predicted:
         """Write what was predicted of some rows to their places."""
         for mine, given in zip(self.parts(), held_out.parts(), strict=True):
             mine[rows] = given.to(mine)
+
+    def of_targets(self, index: Tensor) -> Predicted:
+        """What was said of some of the targets."""
+        axis = self.value.ndim - 1
+        return _made([self], lambda parts: parts[0].index_select(axis, index))
 
     def finite(self) -> Tensor:
         """Whether all is finite, for each target: ``[..., t]``."""
@@ -71,28 +76,25 @@ def varying(y: Tensor, folds: Tensor) -> Tensor:
     return torch.stack([~constant(y[folds == fold]) for fold in range(int(folds.max()) + 1)])
 
 
-def scores_of(
-    names: Sequence[str], of: Predicted, y: Tensor, folds: Tensor, fitted: Tensor, used: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Score what was predicted from several blocks of the rows held out.
+def mean_scores(names: Sequence[str], of: Predicted, y: Tensor, folds: Tensor, used: Tensor) -> Tensor:
+    """Score what was predicted from several blocks of the rows held out, fold by fold.
 
     Args:
         names: the scores: ``"r2"``, or some of :data:`tdhook_train.ops.classification.SCORES`.
         of: what was predicted, ``[b, n, t]``.
         y: the truth, ``[n, t]``, float64; classes by number.
         folds: fold of each row, ``[n]``.
-        fitted: whether a fold was fitted, ``[f]``.
-        used: whether a fold counts in the mean, ``[f]``: one that was fitted and holds out more than one value.
+        used: whether a fold counts, ``[f]``: one that was fitted and holds out more than one value.
 
     Returns:
-        The mean over the folds that count, and the scores of the rows of all fitted folds together, both
-        ``[score, b, t]``.
+        The mean over the folds that count, ``[score, b, t]``.
     """
-    each = [_scores(names, of, y, folds == fold) for fold in used.nonzero()[:, 0].tolist()]
-    return torch.stack(each).mean(0), _scores(names, of, y, fitted[folds])
+    each = [scores_of(names, of, y, folds == fold) for fold in used.nonzero()[:, 0].tolist()]
+    return torch.stack(each).mean(0)
 
 
-def _scores(names: Sequence[str], of: Predicted, y: Tensor, rows: Tensor) -> Tensor:
+def scores_of(names: Sequence[str], of: Predicted, y: Tensor, rows: Tensor) -> Tensor:
+    """Score some rows, ``[n]``, together, as :func:`mean_scores` does those of a fold."""
     value, truth = of.value[:, rows], y[rows]
     if names == ("r2",):
         spread = (truth - truth.mean(0)).square().sum(0)

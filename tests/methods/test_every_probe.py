@@ -299,6 +299,18 @@ def test_what_is_remembered_between_ticks_never_changes_a_result(probe):
 
 
 @each
+def test_a_target_that_changes_between_ticks_has_its_own_baselines(probe):
+    td, groups = trajectories()
+    model, memo, initial = mlp(3, 6), {}, HookedModel(mlp(3, 6))
+    before = probed(probe, td, groups, model, memo=memo, initial=initial)
+    td[target_of(probe)] = td["input"][:, 0] > 0 if probe.classes else td["input"][:, 0]
+    after, fresh = (probed(probe, td, groups, model, memo=m, initial=initial) for m in (memo, {}))
+    for key in (f"{probe.score}_observation", f"{probe.score}_initial"):
+        assert torch.equal(after[key], fresh[key])
+        assert not torch.equal(after[key], before[key])
+
+
+@each
 def test_the_global_random_state_is_left_alone(probe):
     td, groups = trajectories()
     before = torch.get_rng_state()
