@@ -34,8 +34,8 @@ class BilinearProbe(FoldedProbe):
 
     Costs no pass of its own (the shared one; another on the initial network, once a probe set), and for each layer
     and fold an eigendecomposition as large as there are products or rows, whichever are fewer, for all targets,
-    penalties and shifts together. Of low rank, each target, penalty and shift is a fit of its own, of some dozen
-    small solves.
+    penalties and shifts together. A layer of 32 units, 2,048 rows, one core: 2 s, so name few layers. Of low rank,
+    each target, penalty and shift is a fit of its own, of some dozen small solves.
 
     Args:
         layers: paths, patterns, module classes or predicates; ``"**"`` is every leaf module, before and after

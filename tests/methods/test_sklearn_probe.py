@@ -180,7 +180,21 @@ class Draws(RegressorMixin, BaseEstimator):
         return np.full(len(x), self.guess_)
 
 
-@pytest.mark.parametrize("estimator", [Draws(), make_pipeline(StandardScaler(), RandomForestRegressor(2))])
+class DrawsAnew(Draws):
+    """Draws from a generator of its own: from the machine's entropy where no random state is given."""
+
+    def __init__(self, random_state=None):
+        self.random_state = random_state
+
+    def fit(self, x, y):
+        self.guess_ = np.random.default_rng(self.random_state).random()
+        return self
+
+
+OF_CHANCE = [Draws(), make_pipeline(StandardScaler(), DrawsAnew()), RandomForestRegressor(2)]
+
+
+@pytest.mark.parametrize("estimator", OF_CHANCE)
 def test_random_fits_come_from_the_generator_and_leave_global_states_alone(estimator):
     td, groups = trajectories()
     model, initial = mlp(3, 6, 2), HookedModel(mlp(3, 6, 2))
@@ -248,9 +262,11 @@ def test_what_is_no_estimator_is_refused():
 
 def test_ridge_scores_as_ridge_probe_does():
     td, groups = trajectories()
-    model = mlp(3, 6, 2)
-    out = probed(td, groups, Ridge(alpha=3.0), model, target=["product", "linear"])
+    model, targets = mlp(3, 6, 2), ["product", "linear", "partly"]
+    td["partly"] = torch.where(fold_of(groups, 5) == 2, 0.1, td["linear"])  # no share of variance to explain there
+    out = probed(td, groups, Ridge(alpha=3.0), model, target=targets)
     known = {"groups": groups, "ordered": True}
-    ridge = measured(RidgeProbe(target=["product", "linear"], alphas=(3.0,), shifts=0), model, td, **known)
+    ridge = measured(RidgeProbe(target=targets, alphas=(3.0,), shifts=0), model, td, **known)
+    assert out["reason"].tolist() == [[0, 0, 7]] * 3
     for key in ("r2", "r2_pooled", "r2_observation"):
         torch.testing.assert_close(out[key], ridge[key], rtol=0, atol=1e-9)
