@@ -7,11 +7,14 @@ from tdhook_train.latent.activation_patching import ActivationPatching
 from tdhook_train.latent.attention_patterns import AttentionPatterns
 from tdhook_train.latent.attention_rollout import AttentionRollout
 from tdhook_train.latent.attribution_patching import AttributionPatching
+from tdhook_train.latent.bilinear_probe import BilinearProbe
 from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
 from tdhook_train.latent.logit_lens import LogitLens
 from tdhook_train.latent.max_activating import MaxActivating
+from tdhook_train.latent.mean_difference_probe import MeanDifferenceProbe
 from tdhook_train.latent.ridge_probe import RidgeProbe
+from tdhook_train.latent.sklearn_probe import SklearnProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
 from tdhook_train.latent.tuned_lens import TunedLens
 from tdhook_train.ops.objectives import (
@@ -32,6 +35,7 @@ __all__ = [
     "AttentionPatterns",
     "AttentionRollout",
     "AttributionPatching",
+    "BilinearProbe",
     "Cka",
     "Kl",
     "LogProb",
@@ -40,9 +44,11 @@ __all__ = [
     "LogitGap",
     "LogitLens",
     "MaxActivating",
+    "MeanDifferenceProbe",
     "NegativeLoss",
     "NormalLogProb",
     "RidgeProbe",
+    "SklearnProbe",
     "SteeringVectors",
     "TanhNormalLogProb",
     "TunedLens",

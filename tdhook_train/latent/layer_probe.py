@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -48,12 +48,16 @@ class LayerProbe(Method):
 
     def taps(self, model: HookedModel) -> Sequence[str]:
         """The layers."""
+        return self.scored(model)
+
+    def scored(self, model: HookedModel) -> Sequence[str]:
+        """The layers that have scores; :meth:`taps` may name more."""
         return model.sites(self.layers)
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """Layers and targets."""
-        targets = columns(seen.batch, named(self.target), len(seen.batch))
-        return super().labels(seen, model) | {"target": list(targets)}
+        targets, sites = columns(seen.batch, named(self.target), len(seen.batch)), list(self.scored(model))
+        return {"layer": sites, "layer_type": [model.kind(site) for site in sites], "target": list(targets)}
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Score every layer of one network."""
@@ -75,14 +79,22 @@ class LayerProbe(Method):
         """Score the layers of all networks, in order."""
 
     def _blocks(self, parts: Parts, rows: int) -> list[Tensor]:
-        return [self._block(part, site, rows) for part in parts.values() for site in self.taps(part.model)]
+        return [self._block(part, site, rows) for part in parts.values() for site in self.scored(part.model)]
 
     def _block(self, part: Part, site: str, rows: int) -> Tensor:
-        value = _features(part.seen.values[site], part.model.row_axis(site))
+        value = self._features(part.seen.values, site, part.model)
         if len(value) != rows:
             name, shape = type(self).__name__, tuple(part.seen.values[site].shape)
             raise GroupsError(f"{name}: {site!r} gives {shape} for {rows} rows; name layers with one row a sample")
         return value
+
+    def _features(self, values: Mapping[str, Tensor], site: str, model: HookedModel) -> Tensor:
+        """Return what a layer is probed by, rows first, from the values of all that is tapped."""
+        return _flat(values[site], model.row_axis(site))
+
+    def _raw(self, features: Tensor) -> Tensor:
+        """Return what the raw input is probed by, from its features ``[rows, features]``."""
+        return features
 
     def _groups(self, seen: Seen, rows: int) -> Tensor:
         """Trajectory of each row; every row its own where none are known."""
@@ -99,16 +111,15 @@ class LayerProbe(Method):
         raw, initial = [], []
         for part in parts.values():
             inputs = [part.seen.batch.get(key) for key in part.model.in_keys]
-            raw.append(torch.cat([_features(v.to(torch.get_default_dtype())) for v in inputs], 1))
+            raw.append(self._raw(torch.cat([_flat(v.to(torch.get_default_dtype())) for v in inputs], 1)))
             if part.seen.initial is not None:
-                sites = self.taps(part.model)
-                values, _ = look(part.seen.initial, part.seen.batch, sites)
-                initial += [_features(values[site], part.model.row_axis(site)) for site in sites]
+                values, _ = look(part.seen.initial, part.seen.batch, self.taps(part.model))
+                initial += [self._features(values, site, part.model) for site in self.scored(part.model)]
         return raw, initial
 
     def _spread(self, scores: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """Give each layer its two baselines, from the scores ``[..., block, target]`` of :meth:`_baseline_blocks`."""
-        counts = torch.tensor([len(self.taps(part.model)) for part in parts.values()])
+        counts = torch.tensor([len(self.scored(part.model)) for part in parts.values()])
         raw, initial = scores[..., : len(parts), :].repeat_interleave(counts, -2), scores[..., len(parts) :, :]
         return raw, initial if initial.shape[-2] else torch.full_like(raw, torch.nan)
 
@@ -127,6 +138,6 @@ def null_place(shifts: int) -> int:
     return min(round(0.95 * (shifts + 1)), shifts) - 1
 
 
-def _features(value: Tensor, row_axis: int = 0) -> Tensor:
+def _flat(value: Tensor, row_axis: int = 0) -> Tensor:
     """Bring a value to ``[rows, features]``; one without rows counts as one row."""
     return value.movedim(row_axis, 0).flatten(1) if value.ndim > 1 else value.reshape(-1, 1)

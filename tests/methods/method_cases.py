@@ -4,8 +4,15 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from method_env import Answering
+from sklearn.cluster import KMeans
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LinearRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
 from tensordict import TensorDict
 from torch import nn
 
@@ -61,11 +68,14 @@ from tdhook_train.latent import (
     AttentionPatterns,
     AttentionRollout,
     AttributionPatching,
+    BilinearProbe,
     Cka,
     LogisticProbe,
     LogitLens,
     MaxActivating,
+    MeanDifferenceProbe,
     RidgeProbe,
+    SklearnProbe,
     SteeringVectors,
     TunedLens,
 )
@@ -448,11 +458,56 @@ CASES = (
         frozenset(LogisticProbe.writes),
     ),
     Case(
+        BilinearProbe,
+        {"layers": ("0", "1"), "target": {"x": ("input", 0), "y": "y"}, "folds": 3, "shifts": 5},
+        {"right": "1"},
+        {
+            "folds": [1],
+            "shifts": [-1],
+            "target": [(0,)],
+            "alphas": [(), (0.0,), (float("nan"),)],
+            "rank": [0],
+            "right": [("0", "1")],
+        },
+        frozenset(BilinearProbe.writes),
+    ),
+    Case(
+        MeanDifferenceProbe,
+        {
+            "layers": ("0", "1"),
+            "target": {"x": above_zero, "late": "late"},
+            "folds": 3,
+            "shifts": 5,
+            "directions": True,
+        },
+        {"folds": 4},
+        {"folds": [1], "shifts": [-1], "target": [(0,)]},
+        frozenset(MeanDifferenceProbe.writes),
+    ),
+    Case(
         RidgeProbe,
         {"layers": ("0", "1"), "target": {"x": ("input", 0), "y": "y"}, "folds": 3, "shifts": 19, "directions": True},
         {"alphas": (1.0, 10.0)},
         {"folds": [1], "alphas": [(), (0.0,), (-1.0,)], "shifts": [-1], "target": [(0,)]},
         frozenset(RidgeProbe.writes),
+    ),
+    Case(
+        SklearnProbe,
+        {
+            "layers": ("0", "1"),
+            "target": {"x": above_zero, "late": "late"},
+            "folds": 3,
+            "shifts": 2,
+            "estimator": make_pipeline(StandardScaler(), RandomForestClassifier(2)),
+        },
+        {"estimator": make_pipeline(StandardScaler(), RandomForestClassifier(3))},
+        {
+            "folds": [1],
+            "shifts": [-1],
+            "target": [(0,)],
+            "estimator": [None, LinearRegression, KMeans(), LinearSVC(random_state=np.random.RandomState(0))],
+        },
+        frozenset(key for key in SklearnProbe.writes if key != "p" and not key.startswith("r2")),
     ),
     Case(
         ActivationPatching,
