@@ -6,9 +6,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["SCORES", "class_scores", "fold_scores", "pooled_scores"]
+from tdhook_train.errors import TargetError
+
+__all__ = ["SCORES", "class_scores", "classes_of", "fold_scores", "pooled_scores"]
 
 SCORES = ("balanced_accuracy", "auc", "log_loss")
+MAX_CLASSES = 64
+
+
+def classes_of(name: str, target: Tensor, whose: str) -> Tensor:
+    """Return the classes of a target, in order.
+
+    Args:
+        name: of the target.
+        target: a class of each row, ``[n]``.
+        whose: the method that asks.
+
+    Raises:
+        TargetError: they are no whole numbers or booleans, or more than 64.
+    """
+    if target.is_floating_point() or target.is_complex():
+        raise TargetError(
+            f"target {name!r} is {target.dtype}, and {whose} tells classes apart: give whole numbers or booleans, or "
+            "use a probe for quantities, such as RidgeProbe"
+        )
+    classes = target.unique()
+    if len(classes) > MAX_CLASSES:
+        raise TargetError(
+            f"target {name!r} has {len(classes)} classes, and {whose} takes up to {MAX_CLASSES}: group them, or take "
+            "them as quantities, with a probe such as RidgeProbe"
+        )
+    return classes
 
 
 def fold_scores(logits: Tensor, y: Tensor, folds: Tensor, fitted: Tensor) -> tuple[Tensor, Tensor]:

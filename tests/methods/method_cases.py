@@ -398,7 +398,13 @@ CASES = (
     ),
     Case(
         LogisticProbe,
-        {"layers": ("0", "1"), "target": {"x": above_zero, "late": "late"}, "folds": 3, "shifts": 5},
+        {
+            "layers": ("0", "1"),
+            "target": {"x": above_zero, "late": "late"},
+            "folds": 3,
+            "shifts": 5,
+            "directions": True,
+        },
         {"C": 10.0},
         {"folds": [1], "C": [0.0, -1.0, float("inf"), float("nan")], "shifts": [-1], "target": [(0,)]},
         frozenset(LogisticProbe.writes),
