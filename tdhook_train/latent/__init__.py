@@ -6,6 +6,7 @@ from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
 from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
+from tdhook_train.latent.probe_transfer import ProbeTransfer
 from tdhook_train.latent.ridge_probe import RidgeProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
 from tdhook_train.ops.objectives import (
@@ -29,6 +30,7 @@ __all__ = [
     "LogitDifference",
     "NegativeLoss",
     "NormalLogProb",
+    "ProbeTransfer",
     "RidgeProbe",
     "SteeringVectors",
     "TanhNormalLogProb",

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel
@@ -124,7 +125,7 @@ class RidgeProbe(LayerProbe):
             "null_reason": null_reason,
         }
         if self.directions:
-            fits = [coefficients(b, usable, alpha) for b, alpha in zip(design.solved, values["alpha"], strict=True)]
+            fits = [design.coefficients(i, usable, alpha) for i, alpha in enumerate(values["alpha"])]
             values["direction"] = padded([weights for weights, _ in fits]).mT
             values["intercept"] = torch.stack([intercepts for _, intercepts in fits])
         return Measured(dict(values), {key: tuple(self.writes[key].split()) for key in values})
@@ -136,10 +137,10 @@ class RidgeProbe(LayerProbe):
         path = torch.where((reason == 0)[..., None], design.score(usable)[0].cpu(), torch.nan)
         best = path.nan_to_num(-torch.inf).argmax(-1)
         alphas = torch.where(reason == 0, torch.tensor(self.alphas, dtype=torch.float64)[best], torch.nan)
+        trains = [folds != fold for fold in range(int(folds.max()) + 1)]
         weights, intercepts = [], []
-        for block, alpha in zip(design.solved, alphas, strict=True):
-            trains = [(folds != fold).to(block.device) for fold in range(int(folds.max()) + 1)]
-            fits = [coefficients(block[train], usable[train], alpha) for train in trains]
+        for i, alpha in enumerate(alphas):
+            fits = [design.coefficients(i, usable, alpha, train) for train in trains]
             weights.append(torch.stack([fit[0].mT for fit in fits], 1))
             intercepts.append(torch.stack([fit[1] for fit in fits], 1))
         score = path.gather(-1, best[..., None])[..., 0]
@@ -194,7 +195,7 @@ class _Designs:
         narrow = torch.tensor([block.shape[1] <= _MAX_WIDTH for block in blocks])
         self.reasons = torch.where(narrow, torch.where(finite, 0, 4), 5).to(torch.int8)
         solved = [b if not why else b.new_zeros(len(b), 1) for b, why in zip(blocks, self.reasons, strict=True)]
-        self.solved = solved
+        self._blocks, self._widths = solved, [block.shape[1] for block in blocks]
         batches: dict[int, list[int]] = {}
         for i, block in enumerate(solved):
             batches.setdefault(max(64, 1 << (block.shape[1] - 1).bit_length()), []).append(i)
@@ -212,6 +213,13 @@ class _Designs:
     def best(self, y: Tensor) -> Tensor:
         """R² averaged over folds at the best penalty, NaN for a block that was not solved: ``[block, target]``."""
         return torch.where(self.reasons[:, None] == 0, self.score(y)[0].amax(-1).cpu(), torch.nan)
+
+    def coefficients(self, block: int, y: Tensor, alphas: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the weights, ``[width, target]``, and intercepts of a fit to some rows; NaN where there is none."""
+        x = self._blocks[block]
+        rows = torch.ones(len(x), dtype=torch.bool) if rows is None else rows
+        weights, intercepts = coefficients(x[rows.to(x.device)], y[rows.to(y.device)], alphas)
+        return functional.pad(weights, (0, 0, 0, self._widths[block] - len(weights)), value=torch.nan), intercepts
 
     def _in_order(self, parts: Sequence[Tensor], axis: int) -> Tensor:
         if len(parts) == 1:

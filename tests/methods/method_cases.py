@@ -46,6 +46,7 @@ from tdhook_train.latent import (
     ActivationPatching,
     Cka,
     LogisticProbe,
+    ProbeTransfer,
     RidgeProbe,
     SteeringVectors,
 )
@@ -415,6 +416,13 @@ CASES = (
         {"alphas": (1.0, 10.0)},
         {"folds": [1], "alphas": [(), (0.0,), (-1.0,)], "shifts": [-1], "target": [(0,)]},
         frozenset(RidgeProbe.writes),
+    ),
+    Case(
+        ProbeTransfer,
+        {"of": LogisticProbe(target={"x": above_zero, "late": "late"}, folds=3), "rows": 30},
+        {"rows": None},
+        {"of": [None, DeadUnits()], "rows": [0]},
+        frozenset(ProbeTransfer.writes) - {"activation"} | {("activation", layer) for layer in "012"},
     ),
     Case(
         ActivationPatching,
