@@ -6,6 +6,7 @@ from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
 from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
+from tdhook_train.latent.mdl_probe import MdlProbe
 from tdhook_train.latent.probe_transfer import ProbeTransfer
 from tdhook_train.latent.ridge_probe import RidgeProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
@@ -28,6 +29,7 @@ __all__ = [
     "LogProb",
     "LogisticProbe",
     "LogitDifference",
+    "MdlProbe",
     "NegativeLoss",
     "NormalLogProb",
     "ProbeTransfer",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdhook_train.ops.classification import classes_of
 
-__all__ = ["NUMBERS", "ClassBlocks", "numbered"]
+__all__ = ["NUMBERS", "ClassBlocks", "class_labels", "numbered"]
 
 _MAX_COEFFICIENTS = 4096  # the Hessian of a fit takes their square
 NUMBERS = 1 << 24  # held at a time, as Hessians or as logits
@@ -67,3 +67,8 @@ def numbered(targets: Mapping[str, Tensor], whose: str) -> tuple[Tensor, list[Te
     classes = [classes_of(name, value, whose).cpu() for name, value in targets.items()]
     y = [value.cpu().unique(return_inverse=True)[1] for value in targets.values()]
     return torch.stack(y, 1), classes
+
+
+def class_labels(targets: Mapping[str, Tensor], whose: str) -> list[str]:
+    """Return the classes of each target as one text, for labels; raises as :func:`numbered` does."""
+    return [", ".join(map(str, own.tolist())) for own in numbered(targets, whose)[1]]

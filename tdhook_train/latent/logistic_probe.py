@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdhook_train.errors import GroupsError, SettingsError
 from tdhook_train.hooks import HookedModel
-from tdhook_train.latent.class_blocks import numbered
+from tdhook_train.latent.class_blocks import class_labels, numbered
 from tdhook_train.latent.fold_probes import FoldProbes
 from tdhook_train.latent.layer_probe import LayerProbe
 from tdhook_train.latent.logistic_scores import LogisticScores
@@ -124,9 +124,7 @@ class LogisticProbe(LayerProbe):
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """Layers, targets and the classes of each target."""
-        _, classes = numbered(self._targets(seen), type(self).__name__)
-        shown = [", ".join(map(str, own.tolist())) for own in classes]
-        return super().labels(seen, model) | {"target_classes": shown}
+        return super().labels(seen, model) | {"target_classes": class_labels(self._targets(seen), "LogisticProbe")}
 
     def fold_probes(self, part: Part) -> FoldProbes:
         """Return the probe of each fold on one network; the scores are balanced accuracies."""
@@ -168,7 +166,10 @@ class LogisticProbe(LayerProbe):
             shifts = circular_shifts(groups, self.shifts, seen.generator)
         found = LogisticScores(blocks, y, classes, folds, self.C)
         found.solve(shifts, keep="whole" if self.directions else "nothing")
-        raw, initial = self._spread(self._baselines(parts, y, classes, folds), parts)
+        raw, initial = self._spread(
+            self._remembered(parts, y, lambda given: LogisticScores(given, y, classes, folds, self.C).solve(None).mean),
+            parts,
+        )
         usable = ~torch.isin(found.reason, torch.tensor([1, 2, 3], dtype=torch.int8))  # of which it is the target
         null, p, null_reason = found.test(why_no_null)
         kinds = {
@@ -186,15 +187,6 @@ class LogisticProbe(LayerProbe):
             values["direction"] = padded([own[:, 0].movedim(-1, 0) for own in found.weights]).movedim(1, -1)
             values["intercept"] = torch.stack([own[:, 0] for own in found.intercepts])
         return Measured(dict(values), {key: tuple(self.writes[key].split()) for key in values})
-
-    def _baselines(self, parts: Parts, y: Tensor, classes: Tensor, folds: Tensor | None) -> Tensor:
-        """Score the raw inputs and the initial networks, once for the same targets: ``[3, block, target]``."""
-        memo = next(iter(parts.values())).seen.memo
-        if "baselines" not in memo or not torch.equal(memo["baselines"][0], y):
-            raw, initial = self._baseline_blocks(parts)
-            memo["baselines"] = y, LogisticScores(raw + initial, y, classes, folds, self.C).solve(None).mean
-        mean: Tensor = memo["baselines"][1]
-        return mean
 
 
 def _counts(classes: list[Tensor]) -> Tensor:

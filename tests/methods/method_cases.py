@@ -46,6 +46,7 @@ from tdhook_train.latent import (
     ActivationPatching,
     Cka,
     LogisticProbe,
+    MdlProbe,
     ProbeTransfer,
     RidgeProbe,
     SteeringVectors,
@@ -416,6 +417,17 @@ CASES = (
         {"alphas": (1.0, 10.0)},
         {"folds": [1], "alphas": [(), (0.0,), (-1.0,)], "shifts": [-1], "target": [(0,)]},
         frozenset(RidgeProbe.writes),
+    ),
+    Case(
+        MdlProbe,
+        {"layers": ("0", "1"), "target": {"x": above_zero, "late": "late"}},
+        {"seed": 1},
+        {
+            "portions": [(), (100.0,), (50.0, 25.0, 100.0), (50.0, 90.0), (0.0, 100.0), (float("nan"), 100.0)],
+            "C": [0.0, float("nan")],
+            "target": [(0,)],
+        },
+        frozenset(MdlProbe.writes),
     ),
     Case(
         ProbeTransfer,
