@@ -5,6 +5,7 @@ from tdhook_train.latent.activation_addition import ActivationAddition
 from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
 from tdhook_train.latent.cka import Cka
+from tdhook_train.latent.control_task import ControlTask
 from tdhook_train.latent.logistic_probe import LogisticProbe
 from tdhook_train.latent.mdl_probe import MdlProbe
 from tdhook_train.latent.probe_transfer import ProbeTransfer
@@ -25,6 +26,7 @@ __all__ = [
     "ActivationCache",
     "ActivationPatching",
     "Cka",
+    "ControlTask",
     "Kl",
     "LogProb",
     "LogisticProbe",

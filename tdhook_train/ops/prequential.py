@@ -99,7 +99,7 @@ def _bits_of_seen(blocks: Sequence[Tensor], y: Tensor, parts: Tensor, c: float, 
     if len(run.seen) < 2:
         return torch.zeros(len(blocks), int(rows.sum()), dtype=torch.float64), torch.ones(len(blocks), dtype=torch.bool)
     trains = _before(run.last + 1)
-    trains[: run.first] = 0
+    trains[: run.first] = 0  # these parts are no part of the run: no fit is needed
     # a class that is new in the last part is trained on by none of these fits, so any number will do for it
     number = torch.where(torch.isin(y[rows], run.seen), torch.searchsorted(run.seen, y[rows]), 0)
     bits, sure = _fitted_bits(

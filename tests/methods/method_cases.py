@@ -45,6 +45,7 @@ from tdhook_train.latent import (
     ActivationCache,
     ActivationPatching,
     Cka,
+    ControlTask,
     LogisticProbe,
     MdlProbe,
     ProbeTransfer,
@@ -86,6 +87,10 @@ class Case:
 
 def double(_layer, output):
     return output * 2
+
+
+def nearest(td):
+    return td["input"].round()
 
 
 def above_zero(td):
@@ -417,6 +422,14 @@ CASES = (
         {"alphas": (1.0, 10.0)},
         {"folds": [1], "alphas": [(), (0.0,), (-1.0,)], "shifts": [-1], "target": [(0,)]},
         frozenset(RidgeProbe.writes),
+    ),
+    Case(
+        ControlTask,
+        {"of": LogisticProbe(target={"x": above_zero, "late": "late"}, folds=3, shifts=0), "types": nearest},
+        {"seed": 1},
+        {"of": [None, DeadUnits()], "types": [["late", "y"], {"a": "y"}, (0,)]},
+        frozenset(LogisticProbe.writes) - {"direction", "intercept"}
+        | {"balanced_accuracy_control", "selectivity", "reason_control"},
     ),
     Case(
         MdlProbe,
