@@ -143,14 +143,20 @@ def test_a_control_that_cannot_be_scored_says_why_and_leaves_the_score():
 
 
 def test_what_is_remembered_changes_nothing():
+    class Counts(nn.Module):
+        passes = 0
+
+        def forward(self, x):
+            self.passes += 1
+            return x
+
     td, groups = words()
-    memo = {}
     for probe in (RidgeProbe(target="y", shifts=0), LogisticProbe(target="kind", shifts=0), MdlProbe(target="kind")):
-        memo = {}
-        method, known = ControlTask(probe, "token"), {"initial": HookedModel(IDENTITY)}
+        memo, counts = {}, Counts()
+        method, known = ControlTask(probe, "token"), {"initial": HookedModel(nn.Sequential(counts))}
         one, two = (of(td, groups, method, "plane", memo=memo, **known) for _ in range(2))
+        assert counts.passes == 1  # the control does not push out what the target needs
         anew = of(td, groups, method, "plane", **known)
-        assert memo
         for key in set(method.writes) - {"direction", "intercept"}:
             torch.testing.assert_close(one[key], two[key], equal_nan=True, rtol=0, atol=0)
             torch.testing.assert_close(one[key], anew[key], equal_nan=True, rtol=0, atol=0)
