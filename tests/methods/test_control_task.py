@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from tdhook_train import ArtifactBuffer, At, HookedModel, Observer, ProbeSet, Seen
-from tdhook_train.errors import KeyMissingError, SettingsError, TargetError
+from tdhook_train.errors import KeyMissingError, PathError, SettingsError, TargetError
 from tdhook_train.latent import ControlTask, LogisticProbe, MdlProbe, RidgeProbe
 from tdhook_train.method import Part, look
 from tdhook_train.ops.folds import fold_of
@@ -193,3 +193,12 @@ def test_live_on_a_probe_set_each_row_has_both_scores_and_loggers_are_told(tmp_p
     torch.testing.assert_close(rows["compression_control"][0], rows["compression_control"][1])
     one = measured(methods["mdl"], model, td, groups=groups)
     torch.testing.assert_close(one["selectivity"], rows["selectivity"][0])
+
+
+def test_layers_and_networks_are_the_probes_own():
+    td, groups = words()
+    with pytest.raises(PathError, match="'9' matches no module"):
+        of(td, groups, ControlTask(RidgeProbe("9", "y"), "token"), "plane")
+    named = ControlTask(RidgeProbe(target="y", networks=("a",), shifts=0), "token")
+    assert named.networks == ("a",)
+    assert list(named.chosen({"a": 1, "b": 2})) == ["a"]
