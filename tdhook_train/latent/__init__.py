@@ -9,10 +9,13 @@ from tdhook_train.latent.attention_rollout import AttentionRollout
 from tdhook_train.latent.attribution_patching import AttributionPatching
 from tdhook_train.latent.bilinear_probe import BilinearProbe
 from tdhook_train.latent.cka import Cka
+from tdhook_train.latent.control_task import ControlTask
 from tdhook_train.latent.logistic_probe import LogisticProbe
 from tdhook_train.latent.logit_lens import LogitLens
 from tdhook_train.latent.max_activating import MaxActivating
+from tdhook_train.latent.mdl_probe import MdlProbe
 from tdhook_train.latent.mean_difference_probe import MeanDifferenceProbe
+from tdhook_train.latent.probe_transfer import ProbeTransfer
 from tdhook_train.latent.ridge_probe import RidgeProbe
 from tdhook_train.latent.sklearn_probe import SklearnProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
@@ -37,6 +40,7 @@ __all__ = [
     "AttributionPatching",
     "BilinearProbe",
     "Cka",
+    "ControlTask",
     "Kl",
     "LogProb",
     "LogisticProbe",
@@ -44,9 +48,11 @@ __all__ = [
     "LogitGap",
     "LogitLens",
     "MaxActivating",
+    "MdlProbe",
     "MeanDifferenceProbe",
     "NegativeLoss",
     "NormalLogProb",
+    "ProbeTransfer",
     "RidgeProbe",
     "SklearnProbe",
     "SteeringVectors",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,30 +18,26 @@ from tdhook_train.ops.folds import fold_of, in_blocks
 from tdhook_train.ops.join import Labels, Measured
 from tdhook_train.ops.targets import columns, named
 
-__all__ = ["LayerProbe", "null_place"]
+__all__ = ["LayerProbe", "LayerReader", "null_place"]
 
 
 @dataclass(frozen=True)
-class LayerProbe(Method):
-    """A read-out of every layer, cross-validated by trajectory.
+class LayerReader(Method):
+    """A read-out of every layer, for which rows are told apart by trajectory.
 
     Args:
         layers: paths, patterns, module classes or predicates.
         target: what is predicted.
-        folds: number of folds.
     """
 
     layers: Selection = "**"
     target: Any = "output"
-    folds: int = 5
 
     by_trajectory: ClassVar[bool] = True
     looks_back: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.folds < 2:
-            raise SettingsError(f"{type(self).__name__} needs at least 2 folds, got folds={self.folds}")
         if (shifts := getattr(self, "shifts", 0)) < 0:
             raise SettingsError(f"{type(self).__name__} needs 0 or more shifts, got shifts={shifts}")
         named(self.target)
@@ -103,9 +99,6 @@ class LayerProbe(Method):
             raise GroupsError(f"{type(self).__name__}: {len(groups)} trajectory ids for {rows} rows")
         return groups
 
-    def _folds(self, seen: Seen, rows: int) -> Tensor:
-        return fold_of(self._groups(seen, rows), self.folds)
-
     def _baseline_blocks(self, parts: Parts) -> tuple[list[Tensor], list[Tensor]]:
         """Return the raw inputs of each network, and the layers of the initial networks."""
         raw, initial = [], []
@@ -123,11 +116,41 @@ class LayerProbe(Method):
         raw, initial = scores[..., : len(parts), :].repeat_interleave(counts, -2), scores[..., len(parts) :, :]
         return raw, initial if initial.shape[-2] else torch.full_like(raw, torch.nan)
 
+    def _remembered(self, parts: Parts, y: Tensor, score: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        """Score the blocks of :meth:`_baseline_blocks`, once for the same targets."""
+        memo = next(iter(parts.values())).seen.memo
+        if "baselines" not in memo or not torch.equal(memo["baselines"][0], y):
+            raw, initial = self._baseline_blocks(parts)
+            memo["baselines"] = y, score(raw + initial)
+        found: Tensor = memo["baselines"][1]
+        return found
+
     def _no_null(self, seen: Seen, shifts: int) -> int:
         """Say why nothing can be shifted, by the codes of ``null_reason``; 0 where it can."""
         if shifts == 0:
             return 3
         return 0 if seen.ordered and seen.groups is not None and in_blocks(seen.groups) else 2
+
+
+@dataclass(frozen=True)
+class LayerProbe(LayerReader):
+    """A read-out of every layer, cross-validated by trajectory.
+
+    Args:
+        layers: paths, patterns, module classes or predicates.
+        target: what is predicted.
+        folds: number of folds.
+    """
+
+    folds: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folds < 2:
+            raise SettingsError(f"{type(self).__name__} needs at least 2 folds, got folds={self.folds}")
+
+    def _folds(self, seen: Seen, rows: int) -> Tensor:
+        return fold_of(self._groups(seen, rows), self.folds)
 
 
 def null_place(shifts: int) -> int:

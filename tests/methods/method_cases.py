@@ -70,10 +70,13 @@ from tdhook_train.latent import (
     AttributionPatching,
     BilinearProbe,
     Cka,
+    ControlTask,
     LogisticProbe,
     LogitLens,
     MaxActivating,
+    MdlProbe,
     MeanDifferenceProbe,
+    ProbeTransfer,
     RidgeProbe,
     SklearnProbe,
     SteeringVectors,
@@ -126,6 +129,10 @@ class Attending(nn.Module):
 
 def double(_layer, output):
     return output * 2
+
+
+def nearest(td):
+    return td["input"].round()
 
 
 def above_zero(td):
@@ -452,7 +459,13 @@ CASES = (
     ),
     Case(
         LogisticProbe,
-        {"layers": ("0", "1"), "target": {"x": above_zero, "late": "late"}, "folds": 3, "shifts": 5},
+        {
+            "layers": ("0", "1"),
+            "target": {"x": above_zero, "late": "late"},
+            "folds": 3,
+            "shifts": 5,
+            "directions": True,
+        },
         {"C": 10.0},
         {"folds": [1], "C": [0.0, -1.0, float("inf"), float("nan")], "shifts": [-1], "target": [(0,)]},
         frozenset(LogisticProbe.writes),
@@ -508,6 +521,32 @@ CASES = (
             "estimator": [None, LinearRegression, KMeans(), LinearSVC(random_state=np.random.RandomState(0))],
         },
         frozenset(key for key in SklearnProbe.writes if key != "p" and not key.startswith("r2")),
+    ),
+    Case(
+        ControlTask,
+        {"of": LogisticProbe(target={"x": above_zero, "late": "late"}, folds=3, shifts=0), "types": nearest},
+        {"seed": 1},
+        {"of": [None, DeadUnits()], "types": [["late", "y"], {"a": "y"}, (0,)]},
+        frozenset(LogisticProbe.writes) - {"direction", "intercept"}
+        | {"balanced_accuracy_control", "selectivity", "reason_control"},
+    ),
+    Case(
+        MdlProbe,
+        {"layers": ("0", "1"), "target": {"x": above_zero, "late": "late"}},
+        {"seed": 1},
+        {
+            "portions": [(), (100.0,), (50.0, 25.0, 100.0), (50.0, 90.0), (0.0, 100.0), (float("nan"), 100.0)],
+            "C": [0.0, float("nan")],
+            "target": [(0,)],
+        },
+        frozenset(MdlProbe.writes),
+    ),
+    Case(
+        ProbeTransfer,
+        {"of": LogisticProbe(target={"x": above_zero, "late": "late"}, folds=3), "rows": 30},
+        {"rows": None},
+        {"of": [None, DeadUnits()], "rows": [0]},
+        frozenset(ProbeTransfer.writes) - {"activation"} | {("activation", layer) for layer in "012"},
     ),
     Case(
         ActivationPatching,
