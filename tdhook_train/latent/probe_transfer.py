@@ -48,7 +48,7 @@ class ProbeTransfer(Method):
     Raises:
         GroupsError: one trajectory alone, for ridge; fewer rows than folds, for logistic.
 
-    Source: probes on the weights of other steps: Alain and Bengio 2016, arXiv:1610.01644, ask at each step anew.
+    Source: linear probes, fitted anew at each step: Alain and Bengio 2016, arXiv:1610.01644.
     """
 
     of: RidgeProbe | LogisticProbe
