@@ -186,13 +186,12 @@ class FoldedProbe(LayerProbe):
 
     def _baselines(self, parts: Parts, targets: FoldedTargets) -> Tensor:
         """Score the raw inputs and the initial networks, once for the same targets: ``[score, block, target]``."""
-        memo = next(iter(parts.values())).seen.memo
-        if "baselines" not in memo or not torch.equal(memo["baselines"][0], targets.y):
-            raw, initial = self._baseline_blocks(parts)
-            names = ["the raw input"] * len(raw) + ["a layer of the initial network"] * len(initial)
-            memo["baselines"] = targets.y, Fits(self, raw + initial, targets).solve(names, None, 0).mean
-        mean: Tensor = memo["baselines"][1]
-        return mean
+
+        def score(blocks: list[Tensor]) -> Tensor:
+            names = ["the raw input"] * len(parts) + ["a layer of the initial network"] * (len(blocks) - len(parts))
+            return Fits(self, blocks, targets).solve(names, None, 0).mean
+
+        return self._remembered(parts, targets.y, score)
 
 
 class Fits:
