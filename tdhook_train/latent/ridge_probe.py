@@ -84,6 +84,7 @@ class RidgeProbe(LayerProbe):
             3: "the target is not finite",
             4: "the activations are not finite",
             5: "the layer gives more features than can be solved",
+            6: "there is one trajectory, so none can be held out",
         },
         "null_reason": {
             0: "scored",
@@ -153,10 +154,13 @@ class RidgeProbe(LayerProbe):
         blocks = self._blocks(parts, rows)
         targets = columns(seen.batch, named(self.target), rows).values()
         y = torch.stack([column.detach().double() for column in targets], 1).to(blocks[0].device)
-        folds = self._folds(seen, rows)
+        groups = self._groups(seen, rows)
+        alone = rows > 1 and bool((groups == groups[0]).all())
+        folds = torch.arange(rows) % 2 if alone else self._folds(seen, rows)  # alone: of no meaning, nothing is scored
         design = _Designs(blocks, folds, self)
         of_layer = design.reasons[:, None]
-        return design, folds, y, torch.where(of_layer > 0, of_layer, _target_reasons(y, folds))
+        reason = torch.where(of_layer > 0, of_layer, _target_reasons(y, folds))
+        return design, folds, y, torch.full_like(reason, 6) if alone else reason
 
     def _null(self, seen: Seen, design: _Designs, y: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the null score, p and why it is NaN, each ``[layer, target]``."""

@@ -69,11 +69,12 @@ def circular_shifts(groups: Tensor, shifts: int, generator: torch.Generator | No
     Args:
         groups: trajectory of each row, in blocks and in time order, ``[n]``.
         shifts: how many orders.
-        generator: where the randomness comes from.
+        generator: where the randomness comes from; the same numbers each time where none is given.
 
     Returns:
         Row indices ``[shifts, n]``.
     """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
     start, length = starts_and_lengths(groups)
     first = torch.unique(start, return_inverse=True)[1]
     draw = torch.rand(shifts, int(first.max()) + 1, generator=generator, dtype=torch.float64)[:, first]

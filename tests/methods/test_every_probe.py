@@ -11,7 +11,6 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook_train import HookedModel, Seen
-from tdhook_train.errors import GroupsError
 from tdhook_train.latent import BilinearProbe, LogisticProbe, MeanDifferenceProbe, RidgeProbe, SklearnProbe
 from tdhook_train.method import Part
 
@@ -24,7 +23,6 @@ class Row:
     null: str = ""
     p: str = ""
     settings: tuple[tuple[str, Any], ...] = ()
-    refuses_one_trajectory: bool = False
 
     def probe(self, target, **settings):
         return self.make(target=target, **dict(self.settings) | {"shifts": 2} | settings)
@@ -34,13 +32,13 @@ class Row:
         return " ".join([self.make.__name__, *(f"{key}={value}" for key, value in self.settings)])
 
 
-def row(make, score, classes, *, refuses_one_trajectory=False, **settings):
+def row(make, score, classes, **settings):
     p = "p" if score == "r2" else f"{score}_p"
-    return Row(make, score, classes, f"{score}_null", p, tuple(settings.items()), refuses_one_trajectory)
+    return Row(make, score, classes, f"{score}_null", p, tuple(settings.items()))
 
 
 PROBES = (
-    row(RidgeProbe, "r2", False, refuses_one_trajectory=True),
+    row(RidgeProbe, "r2", False),
     row(LogisticProbe, "balanced_accuracy", True),
     row(MeanDifferenceProbe, "balanced_accuracy", True),
     row(BilinearProbe, "r2", False),
@@ -194,10 +192,6 @@ def test_a_target_that_is_not_finite_says_so(probe, bad):
 @each
 def test_one_trajectory_is_told(probe):
     td, groups = trajectories()
-    if probe.refuses_one_trajectory:
-        with pytest.raises(GroupsError, match="at least 2 groups"):
-            probed(probe, td, torch.zeros_like(groups), mlp(3, 6, 2))
-        return
     out = probed(probe, td, torch.zeros_like(groups), mlp(3, 6, 2))
     assert told(probe, out) == [["there is one trajectory, so none can be held out"]] * 3
     for kind in ("", "_pooled", "_observation", "_initial", "_null"):

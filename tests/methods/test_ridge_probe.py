@@ -227,8 +227,9 @@ def test_fewer_trajectories_than_folds_and_only_one():
     groups = torch.arange(len(td)) // 60
     expected = max(by_scikit_learn(td["input"], td["y"], groups))  # leave one out
     assert abs(float(probed(td, groups)["r2_observation"][0, 0]) - expected) < 1e-9
-    with pytest.raises(GroupsError, match="needs rows of at least 2 groups, got 1"):
-        probed(td, torch.zeros(len(td), dtype=torch.int64))
+    alone = probed(td, torch.zeros(len(td), dtype=torch.int64))
+    assert (alone["reason"] == 6).all()
+    assert all(alone[key].isnan().all() for key in ("r2", "r2_pooled", "r2_observation", "r2_null", "p", "alpha"))
     with pytest.raises(GroupsError, match="80 trajectory ids for 160 rows"):
         probed(td, groups[:80])
 
