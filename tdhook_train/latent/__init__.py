@@ -1,5 +1,6 @@
 """What layers know, which of their units carry a decision, and what moving them does."""
 
+from tdhook_train.explain.tcav import Tcav
 from tdhook_train.latent.ablate import Ablate
 from tdhook_train.latent.activation_addition import ActivationAddition
 from tdhook_train.latent.activation_cache import ActivationCache
@@ -32,4 +33,5 @@ __all__ = [
     "RidgeProbe",
     "SteeringVectors",
     "TanhNormalLogProb",
+    "Tcav",
 ]

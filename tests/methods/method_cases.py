@@ -65,8 +65,8 @@ from tdhook_train.weights import WeightDistance
 
 FAMILIES = (attribution, health, latent, metrics, weights)
 EXPORTED = [getattr(family, name) for family in FAMILIES for name in family.__all__]
-PUBLIC = [one for one in EXPORTED if isinstance(one, type) and issubclass(one, Method)]  # others are functions
-PUBLIC += [AblatedReturn]  # outside the families, since it needs TorchRL
+PUBLIC = {one for one in EXPORTED if isinstance(one, type) and issubclass(one, Method)}  # others are functions
+PUBLIC |= {AblatedReturn}  # outside the families, since it needs TorchRL
 
 
 @dataclass(frozen=True)
