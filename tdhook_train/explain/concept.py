@@ -12,7 +12,7 @@ from tdhook_train.errors import NetworkError, SettingsError
 from tdhook_train.ops.directions import between_means, by_logistic, unit
 from tdhook_train.ops.targets import label_of, read
 
-__all__ = ["CAVS", "Through", "along", "directions", "given", "labelled"]
+__all__ = ["CAVS", "Through", "along", "directions", "given", "labelled", "marked"]
 
 CAVS = ("mean-difference", "logistic")
 
@@ -58,16 +58,25 @@ def along(value: Tensor, direction: Tensor, axis: int) -> Tensor:
     return (value.movedim(axis, -1) @ direction.to(value)).reshape(len(value), -1).mean(1)
 
 
+def marked(batch: TensorDictBase, concept: Any, device: torch.device) -> Tensor:
+    """Read which rows show a concept, ``[row]``; it may be none, or all.
+
+    Raises:
+        SettingsError: not one label a row.
+    """
+    found = read(batch, concept)
+    if found.numel() != len(batch):
+        raise SettingsError(f"concept {label_of(concept)!r} needs one label a row, has {tuple(found.shape)}")
+    return found.reshape(len(batch)).bool().to(device)
+
+
 def labelled(batch: TensorDictBase, concept: Any, device: torch.device) -> Tensor:
     """Read which rows show a concept, ``[row]``.
 
     Raises:
         SettingsError: none do, or all.
     """
-    found = read(batch, concept)
-    marks = found.reshape(len(batch), -1)[:, 0].bool().to(device)
-    if found.numel() != len(batch):
-        raise SettingsError(f"concept {label_of(concept)!r} needs one label a row, has {tuple(found.shape)}")
+    marks = marked(batch, concept, device)
     if marks.all() or not marks.any():
         raise SettingsError(
             f"concept {label_of(concept)!r} needs rows that show it and rows that do not; "

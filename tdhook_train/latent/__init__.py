@@ -6,7 +6,9 @@ from tdhook_train.latent.activation_addition import ActivationAddition
 from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
 from tdhook_train.latent.cka import Cka
+from tdhook_train.latent.logistic_direction import LogisticDirection
 from tdhook_train.latent.logistic_probe import LogisticProbe
+from tdhook_train.latent.mean_difference_direction import MeanDifferenceDirection
 from tdhook_train.latent.ridge_probe import RidgeProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
 from tdhook_train.ops.objectives import (
@@ -26,8 +28,10 @@ __all__ = [
     "Cka",
     "Kl",
     "LogProb",
+    "LogisticDirection",
     "LogisticProbe",
     "LogitDifference",
+    "MeanDifferenceDirection",
     "NegativeLoss",
     "NormalLogProb",
     "RidgeProbe",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tdhook_train.ops.logistic import LogisticDesign
 
-__all__ = ["between_means", "by_logistic", "pooled", "unit"]
+__all__ = ["between_means", "by_logistic", "logistic_normals", "pooled", "unit"]
 
 
 def unit(direction: Tensor) -> Tensor:
@@ -42,7 +42,18 @@ def by_logistic(x: Tensor, labels: Tensor, c: float) -> Tensor:
         labels: which rows show the concept, ``[row, labelling]``.
         c: weight of the summed log-loss against ½‖w‖².
     """
+    return unit(logistic_normals(x, labels, c)[0])
+
+
+def logistic_normals(x: Tensor, labels: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    """Return the normals ``[labelling, unit]``, and which fits converged."""
+    basis = None
+    if x.shape[1] > len(x):  # the penalised normal lies among the differences of rows: as many as rows, not units
+        x = x.double() - x[0].double()
+        basis = torch.linalg.qr(x.T).Q
+        x = x @ basis
     # A design fits each fold's complement: of the rows twice, each copy is a fit to all rows.
     folds = torch.arange(2).repeat_interleave(len(x))
     fit = LogisticDesign([x.repeat(2, 1)], folds, c).fit(labels.long().repeat(2, 1), 2)
-    return unit(fit.weights[0, 0, :, 0, 0])
+    weights = fit.weights[0, 0, :, 0, 0]
+    return weights if basis is None else weights @ basis.T, fit.converged[0, 0, :, 0]

@@ -45,7 +45,9 @@ from tdhook_train.latent import (
     ActivationCache,
     ActivationPatching,
     Cka,
+    LogisticDirection,
     LogisticProbe,
+    MeanDifferenceDirection,
     RidgeProbe,
     SteeringVectors,
 )
@@ -93,6 +95,7 @@ def above_zero(td):
 JUDGED_NOT = [None, DeadUnits(), Saliency(reduction="mean")]
 MASKED_NOT = {"baseline": ["zeros"], "unit": ["word"], "by": ["size"], "orders": [0], "reduction": ["sum"]}
 TWO = {"targets": [("output", 0), ("output", 1)], "rows": 6}
+DIRECTIONS = frozenset({("direction", "0"), ("direction", "1"), "separation", "accuracy", "auc", "reason"})
 AB = {"groups": {"a": [0], "b": [1, 2]}}
 
 
@@ -367,6 +370,20 @@ CASES = (
             "side": ["input"],
         },
         frozenset(Tcav.writes),
+    ),
+    Case(
+        MeanDifferenceDirection,
+        {"layers": ("0", "1"), "concept": above_zero, "folds": 3},
+        {"concept": None},
+        {"folds": [1], "concept": [(0,)]},
+        DIRECTIONS,
+    ),
+    Case(
+        LogisticDirection,
+        {"layers": ("0", "1"), "folds": 3},
+        {"concept": above_zero},
+        {"folds": [1], "concept": [(0,)], "C": [0.0, float("inf"), float("nan")]},
+        DIRECTIONS,
     ),
     Case(
         ActivationAddition,
