@@ -5,7 +5,10 @@ from tdhook_train.latent.ablate import Ablate
 from tdhook_train.latent.activation_addition import ActivationAddition
 from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
+from tdhook_train.latent.cav import Cav
 from tdhook_train.latent.cka import Cka
+from tdhook_train.latent.gradient_direction import GradientDirection
+from tdhook_train.latent.ica_direction import IcaDirection
 from tdhook_train.latent.logistic_direction import LogisticDirection
 from tdhook_train.latent.logistic_probe import LogisticProbe
 from tdhook_train.latent.mean_difference_direction import MeanDifferenceDirection
@@ -25,7 +28,10 @@ __all__ = [
     "ActivationAddition",
     "ActivationCache",
     "ActivationPatching",
+    "Cav",
     "Cka",
+    "GradientDirection",
+    "IcaDirection",
     "Kl",
     "LogProb",
     "LogisticDirection",
