@@ -7,6 +7,7 @@ from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
 from tdhook_train.latent.cav import Cav
 from tdhook_train.latent.cka import Cka
+from tdhook_train.latent.dynamics import acceleration, projection, velocity
 from tdhook_train.latent.gradient_direction import GradientDirection
 from tdhook_train.latent.ica_direction import IcaDirection
 from tdhook_train.latent.logistic_direction import LogisticDirection
@@ -44,4 +45,7 @@ __all__ = [
     "SteeringVectors",
     "TanhNormalLogProb",
     "Tcav",
+    "acceleration",
+    "projection",
+    "velocity",
 ]
