@@ -7,9 +7,12 @@ from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
 from tdhook_train.latent.cav import Cav
 from tdhook_train.latent.cka import Cka
+from tdhook_train.latent.direction_edit import DirectionEdit
 from tdhook_train.latent.dynamics import acceleration, projection, velocity
+from tdhook_train.latent.erase import Erase
 from tdhook_train.latent.gradient_direction import GradientDirection
 from tdhook_train.latent.ica_direction import IcaDirection
+from tdhook_train.latent.leace import Leace
 from tdhook_train.latent.logistic_direction import LogisticDirection
 from tdhook_train.latent.logistic_probe import LogisticProbe
 from tdhook_train.latent.mean_difference_direction import MeanDifferenceDirection
@@ -31,9 +34,12 @@ __all__ = [
     "ActivationPatching",
     "Cav",
     "Cka",
+    "DirectionEdit",
+    "Erase",
     "GradientDirection",
     "IcaDirection",
     "Kl",
+    "Leace",
     "LogProb",
     "LogisticDirection",
     "LogisticProbe",

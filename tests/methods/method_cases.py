@@ -46,8 +46,11 @@ from tdhook_train.latent import (
     ActivationPatching,
     Cav,
     Cka,
+    DirectionEdit,
+    Erase,
     GradientDirection,
     IcaDirection,
+    Leace,
     LogisticDirection,
     LogisticProbe,
     MeanDifferenceDirection,
@@ -97,6 +100,7 @@ def above_zero(td):
 
 JUDGED_NOT = [None, DeadUnits(), Saliency(reduction="mean")]
 MASKED_NOT = {"baseline": ["zeros"], "unit": ["word"], "by": ["size"], "orders": [0], "reduction": ["sum"]}
+FIVE = ((1.0,) * 5, (0.2,) * 5, (0.0,) * 5)
 TWO = {"targets": [("output", 0), ("output", 1)], "rows": 6}
 DIRECTIONS = frozenset({("direction", "0"), ("direction", "1"), "separation", "accuracy", "auc", "reason"})
 AB = {"groups": {"a": [0], "b": [1, 2]}}
@@ -421,6 +425,34 @@ CASES = (
         {"layers": ("0", "1"), "units": (0, 2), "to": (0.5, -1.0)},
         {"to": 0.0},
         {"units": [(), (-1,), (0.5,)], "to": ["mean", (None,)]},
+        frozenset(),
+    ),
+    Case(
+        DirectionEdit,
+        {"layers": ("0", "1"), "direction": (3.0, 0.0, 4.0, 0.0, 0.0), "by": "set", "amount": 2.0},
+        {"by": "project_out", "amount": None},
+        {
+            "direction": [(), (0.0, 0.0), (1.0, float("nan")), {"0": (0.0,)}, {}, ((1.0,), (2.0,)), "0"],
+            "by": ["remove"],
+            "amount": [None, float("inf")],
+        },
+        frozenset(),
+    ),
+    Case(
+        Leace,
+        {"layers": ("0", "1"), "concept": [above_zero, "late"]},
+        {"concept": "y"},
+        {"concept": [None, (0,)]},
+        frozenset({*((what, layer) for what in ("projection", "bias") for layer in "01"), "rank", "removed", "reason"}),
+    ),
+    Case(
+        Erase,
+        {
+            "layers": ("0", "1"),
+            "erasers": dict.fromkeys(("0", "1", "inner.0", "inner.1"), FIVE),
+        },
+        {"erasers": {"0": [[3.0] * 5], "1": [[3.0] * 5]}},
+        {"erasers": [(), {}, {"0": (1.0,)}, {"0": ((1.0,), (1.0,))}, [[1.0]], {"0": [[float("nan")]]}]},
         frozenset(),
     ),
     Case(
