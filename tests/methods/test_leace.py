@@ -82,14 +82,14 @@ def test_no_linear_probe_beats_a_constant_afterwards(concept, rank):
     erased = x @ p.T + b
     covariance = (erased - erased.mean(0)).T @ (z - z.mean(0)) / len(x)
     assert covariance.abs().max() < 1e-10 * x.std()
-    assert LinearRegression().fit(x, z).score(x, z) > 0.4
+    assert LinearRegression().fit(x, z).score(x, z) > 0.3
     assert LinearRegression().fit(erased.float(), z).score(erased.float(), z) < 1e-6
     if concept != "real":
         labels = td[concept].long()
         shares = labels.bincount() / len(labels)
         before, after = ((h - h.mean(0)) / x.std() for h in (x, erased))
         informed, at_a_loss = (
-            LogisticRegression(C=1e6, tol=1e-7, max_iter=1000).fit(h, labels) for h in (before, after)
+            LogisticRegression(C=1e6, tol=1e-6, max_iter=1000).fit(h, labels) for h in (before, after)
         )
         assert informed.score(before, labels) > shares.max() + 0.1
         assert at_a_loss.score(after, labels) == pytest.approx(shares.max().item())
