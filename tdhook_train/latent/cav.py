@@ -40,12 +40,9 @@ class Cav(Direction):
         nulls: how many labellings without a meaning; 19 are the fewest for a one-sided test at 5 %. 0 for none.
 
     Writes:
-        ``("direction", layer)`` [unit]: of length 1, towards the concept.
-        Of rows held out, those of all folds together, [layer]: ``separation``, the difference of the mean projections
-        in standard deviations within the sides; ``accuracy``, the share of rows on their side of the midpoint, mean
-        over the sides (.5 is chance); ``auc``. ``null`` [layer, draw]: accuracies of the labels that mean nothing.
-        ``p_value`` [layer]: share of all of these at or above the accuracy, itself counted. ``reason``,
-        ``null_reason``: why a NaN (see ``legend``).
+        What :class:`Direction` does. Beside it ``null`` [layer, draw]: accuracies of the labels that mean nothing.
+        ``p_value`` [layer]: share of all of these at or above the accuracy, itself counted. ``null_reason``:
+        why a NaN (see ``legend``).
 
     Source: Kim et al. 2018, arXiv:1711.11279.
     """
@@ -67,6 +64,7 @@ class Cav(Direction):
             1: "the accuracy itself is NaN",
             2: "rows are not whole trajectories in time order",
             3: "no labels without a meaning were asked for",
+            4: "each trajectory has one label throughout, so turning it changes nothing",
         },
     }
 
@@ -95,6 +93,8 @@ class Cav(Direction):
             drawn = torch.cat([swapped, ~swapped], 1).to(marks.device)
         elif seen.groups is not None:
             drawn = marks[circular_shifts(seen.groups.cpu(), self.nulls, generator).to(marks.device)]
+            if (drawn == marks).all():
+                return marks[:, None]
         else:
             orders = [
                 torch.randperm(len(marks), generator=generator, device=generator.device) for _ in range(self.nulls)
@@ -103,8 +103,8 @@ class Cav(Direction):
         return torch.cat([marks[:, None], drawn.T], 1)
 
     def _written(self, scores: Sequence[Scores], seen: Seen) -> dict[NestedKey, Tensor]:
-        why = self._no_null(seen)
         accuracy = torch.stack([one.accuracy for one in scores])  # [layer, labelling]
+        why = self._no_null(seen) or (4 if accuracy.shape[1] == 1 else 0)
         score = accuracy[:, :1]
         null = score.new_full((len(scores), self.nulls), torch.nan) if why else accuracy[:, 1:]
         p_value = (1 + (null >= score).sum(1)) / (1 + null.isfinite().sum(1).double())

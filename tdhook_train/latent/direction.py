@@ -20,6 +20,7 @@ from tdhook_train.ops.folds import fold_of
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.separation import Scores, held_out_scores
 from tdhook_train.ops.targets import named
+from tdhook_train.ops.units import by_row
 
 __all__ = ["Direction", "Sides"]
 
@@ -56,6 +57,13 @@ class Direction(Method):
             of it. By default the sides are ``("positive", key)`` and ``("negative", key)`` for every input key.
         folds: number of folds; each trajectory lies in one, as do both versions of a row. Fewer trajectories than
             folds: leave one out. Without trajectories rows count as independent.
+
+    Writes:
+        ``("direction", layer)`` [unit]: of length 1, towards the positive side, float64.
+        Of rows held out, those of all folds together, [layer]: ``separation``, the difference of the mean projections
+        in standard deviations within the sides (Cohen's d); ``accuracy``, the share of rows on their side of the
+        midpoint, mean over the sides (.5 is chance); ``auc``. ``reason``: why a NaN, or whether a search converged
+        (see ``legend``).
     """
 
     layers: Selection = "**"
@@ -185,15 +193,8 @@ class Direction(Method):
 
     def _rows(self, value: Tensor, model: HookedModel, site: str, batch: TensorDictBase) -> Tensor:
         """Bring what a layer gave out for one side to ``[row, unit]``."""
-        axis, front = model.unit_axis(site, value), model.row_axis(site)
-        many = max(batch.batch_dims, 1)
-        if value.movedim(front, 0).shape[:many] != batch.batch_size:
-            raise GroupsError(
-                f"{type(self).__name__}: {site!r} gives {tuple(value.shape)} for rows {list(batch.batch_size)}; name "
-                "layers with one row a sample"
-            )
-        units = value.movedim(axis, -1) if value.ndim > many else value[..., None]
-        return pooled(units.movedim(front, 0).flatten(0, many - 1), -1)
+        axes = model.unit_axis(site, value), model.row_axis(site)
+        return pooled(by_row(value, batch.batch_size, axes, f"{type(self).__name__}: {site!r}"), -1)
 
     def _folds(self, seen: Seen, rows: int) -> Tensor | None:
         groups = torch.arange(rows) if seen.groups is None else seen.groups.cpu()

@@ -34,11 +34,7 @@ class GradientDirection(Direction):
         ridge: share of the mean variance within the sides that is added to each unit's.
 
     Writes:
-        ``("direction", layer)`` [unit]: of length 1, towards the positive side.
-        Of rows held out, those of all folds together, [layer]: ``separation``, the difference of the mean projections
-        in standard deviations within the sides; ``accuracy``, the share of rows on their side of the midpoint, mean
-        over the sides (.5 is chance); ``auc``. ``reason``: why a NaN, or whether the search converged (see
-        ``legend``).
+        What :class:`Direction` does.
 
     Source: the measure, Fisher 1936, "The use of multiple measurements in taxonomic problems"; the ascent, Kingma and
     Ba 2014, arXiv:1412.6980.

@@ -39,11 +39,7 @@ class IcaDirection(Direction):
         max_steps: of the search.
 
     Writes:
-        ``("direction", layer)`` [unit]: of length 1, towards the positive side.
-        Of rows held out, those of all folds together, [layer]: ``separation``, the difference of the mean projections
-        in standard deviations within the sides; ``accuracy``, the share of rows on their side of the midpoint, mean
-        over the sides (.5 is chance); ``auc``. ``reason``: why a NaN, or whether the search converged (see
-        ``legend``).
+        What :class:`Direction` does.
 
     Raises:
         MissingPackageError: scikit-learn is not installed.

@@ -11,13 +11,13 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torch.nn import functional
 
-from tdhook_train.errors import GroupsError, SettingsError, TargetError
+from tdhook_train.errors import SettingsError, TargetError
 from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.latent.erase import Erase
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.erasure import Eraser, leace
 from tdhook_train.ops.targets import columns, named
-from tdhook_train.ops.units import as_rows
+from tdhook_train.ops.units import as_rows, by_row
 
 __all__ = ["Leace"]
 
@@ -31,7 +31,8 @@ class Leace(Method):
     Of all affine maps that leave no covariance between activations and concept, the one that moves activations least,
     in any norm that comes from an inner product. On the rows that it was fitted to, a linear probe by any convex loss
     does no better than a constant; on other rows, no better but for what the sample lacks. What is told otherwise than
-    linearly stays. No pass of its own; a singular value decomposition of each layer.
+    linearly stays. The map is oblique, so activations may vary more after it. No pass of its own; a singular value
+    decomposition of each layer.
 
     To go on with the concept erased: ``with Leace.edit(row).prepare(model)``, on any inputs.
 
@@ -136,14 +137,9 @@ class Leace(Method):
         return torch.cat(out, 1)
 
     def _rows(self, seen: Seen, model: HookedModel, site: str) -> Tensor:
-        value, front = seen.values[site], model.row_axis(site)
-        rows = len(seen.batch)
-        if not value.ndim or value.shape[min(front, value.ndim - 1)] != rows:
-            raise GroupsError(
-                f"Leace: {site!r} gives {tuple(value.shape)} for {rows} rows; name layers with one row a sample"
-            )
-        last = value.movedim(model.unit_axis(site, value), -1) if value.ndim > 1 else value[:, None]
-        return as_rows(last.movedim(front, 0)).double()
+        value = seen.values[site]
+        axes = model.unit_axis(site, value), model.row_axis(site)
+        return as_rows(by_row(value, seen.batch.batch_size, axes, f"Leace: {site!r}")).double()
 
 
 def _fitted(x: Tensor, z: Tensor) -> tuple[Eraser, int]:

@@ -27,10 +27,7 @@ class LogisticDirection(Direction):
         C: weight of the summed log-loss against ½‖w‖²; the intercept is not penalised. As in scikit-learn.
 
     Writes:
-        ``("direction", layer)`` [unit]: of length 1, towards the positive side.
-        Of rows held out, those of all folds together, [layer]: ``separation``, the difference of the mean projections
-        in standard deviations within the sides; ``accuracy``, the share of rows on their side of the midpoint, mean
-        over the sides (.5 is chance); ``auc``. ``reason``: why a NaN (see ``legend``).
+        What :class:`Direction` does.
 
     Source: Alain and Bengio 2016, arXiv:1610.01644; as a direction, Kim et al. 2018, arXiv:1711.11279.
     """

@@ -25,10 +25,7 @@ class MeanDifferenceDirection(Direction):
         layers: see :class:`Direction`, as are ``concept`` and ``folds``.
 
     Writes:
-        ``("direction", layer)`` [unit]: of length 1, towards the positive side.
-        Of rows held out, those of all folds together, [layer]: ``separation``, the difference of the mean projections
-        in standard deviations within the sides; ``accuracy``, the share of rows on their side of the midpoint, mean
-        over the sides (.5 is chance); ``auc``. ``reason``: why a NaN (see ``legend``).
+        What :class:`Direction` does.
 
     Source: Rimsky et al. 2023, arXiv:2312.06681; Marks and Tegmark 2023, arXiv:2310.06824.
     """

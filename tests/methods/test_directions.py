@@ -304,12 +304,15 @@ def test_the_null_is_the_same_method_on_labels_without_a_meaning():
 
 
 def test_labels_are_turned_within_trajectories_and_sides_of_a_contrast_swapped():
-    groups = torch.arange(8).repeat_interleave(10)
-    slow = torch.randn(8, 1).expand(8, 10).reshape(80, 1) + 0.01 * torch.randn(80, 1)
-    td = td_of(input=torch.cat([slow, torch.randn(80, 2)], 1), label=torch.arange(80) // 10 % 2 > 0)
-    still = measured(Cav("", "label"), nn.Identity(), td, groups=groups, ordered=True)
-    assert (still["null"] == still["accuracy"][:, None]).all()  # one label a trajectory: nothing turns
-    assert still["p_value"].item() == 1
+    groups, when = torch.arange(8).repeat_interleave(10), torch.arange(80) % 10
+    td = td_of(input=torch.randn(80, 3), label=when < 5, episode=groups % 2 > 0)
+    td["input"][:, 0] += 3 * td["label"]
+    turned = measured(Cav("", "label"), nn.Identity(), td, groups=groups, ordered=True)
+    assert turned["p_value"].item() == 1 / 20
+    assert turned["null"].max() < turned["accuracy"]
+    slow = measured(Cav("", "episode"), nn.Identity(), td, groups=groups, ordered=True)
+    assert slow["null"].isnan().all()
+    assert slow["null_reason"].tolist() == [4]
     unordered = measured(Cav("", "label"), nn.Identity(), td, groups=groups)
     assert unordered["null"].isnan().all()
     assert unordered["null_reason"].tolist() == [2]

@@ -1,6 +1,7 @@
 """Erasing a concept: the closed form of the paper, probes that are left with nothing, the least change."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tensordict import TensorDict
 from torch import nn
 from torch.testing import assert_close
 
-from tdhook_train import ArtifactBuffer, At, Observer, ProbeSet
+from tdhook_train import ArtifactBuffer, At, HookedModel, Observer, ProbeSet
 from tdhook_train.errors import GroupsError, SettingsError, TargetError
 from tdhook_train.latent import Erase, Leace
 
@@ -221,6 +222,20 @@ def test_from_a_row_of_a_run(tmp_path):
     assert Leace.edit(row) == Leace.edit(measured(Leace("1", above_zero), model, td))
 
 
+def test_of_several_networks_each_layer_has_its_own():
+    actor, critic, td = mlp(3, 5, 2), mlp(3, 5, 2), batch()
+    own = {name: measured(Leace("1", above_zero), net, td) for name, net in (("actor", actor), ("critic", critic))}
+    edit = Leace.edit(TensorDict({name: found.select("projection", "bias") for name, found in own.items()}, []))
+    assert edit.layers == ("actor.1", "critic.1")
+    for name, net in (("actor", actor), ("critic", critic)):
+        hooked = HookedModel(net, name=name)
+        mine = replace(edit, layers=f"{name}.1")
+        with hooked.edited(mine.edits(hooked)):
+            h = net[:2](td["input"]).double()
+        expected = net[:2](td["input"]).double() @ own[name]["projection", "1"].T + own[name]["bias", "1"]
+        assert_close(h, expected, atol=1e-6, rtol=0)
+
+
 def test_channels_at_every_position():
     model, x = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh()), torch.randn(40, 2, 5, 5)
     label = torch.rand(40) > 0.5
@@ -262,5 +277,5 @@ def test_what_does_not_fit_is_named():
         def forward(self, x):
             return x + self.inner(torch.arange(5)).mean(0)
 
-    with pytest.raises(GroupsError, match=r"'inner' gives \(5, 3\) for 24 rows"):
+    with pytest.raises(GroupsError, match=r"'inner' gives \(5, 3\) for rows \[24\]"):
         measured(Leace("inner", above_zero), Table(), batch())
