@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from tensordict import NestedKey
@@ -91,8 +91,8 @@ class Cav(Direction):
             half = len(marks) // 2
             swapped = torch.rand(self.nulls, half, generator=generator, device=generator.device) < 0.5
             drawn = torch.cat([swapped, ~swapped], 1).to(marks.device)
-        elif seen.groups is not None:
-            drawn = marks[circular_shifts(seen.groups.cpu(), self.nulls, generator).to(marks.device)]
+        elif not _independent(seen.groups):
+            drawn = marks[circular_shifts(cast(Tensor, seen.groups).cpu(), self.nulls, generator).to(marks.device)]
             if (drawn == marks).all():
                 return marks[:, None]
         else:
@@ -121,6 +121,11 @@ class Cav(Direction):
         """Say why there is no null, by the codes of ``null_reason``; 0 where there is one."""
         if not self.nulls:
             return 3
-        if self.concept is None or seen.groups is None:
+        if self.concept is None or _independent(seen.groups):
             return 0
-        return 0 if seen.ordered and in_blocks(seen.groups) else 2
+        return 0 if seen.ordered and in_blocks(cast(Tensor, seen.groups)) else 2
+
+
+def _independent(groups: Tensor | None) -> bool:
+    """Whether every row is a trajectory of its own, or none are known."""
+    return groups is None or len(groups.unique()) == len(groups)

@@ -13,9 +13,10 @@ from tensordict import TensorDict
 from torch import nn
 from torch.testing import assert_close
 
-from tdhook_train import ArtifactBuffer, At, Observer, ProbeSet
+from tdhook_train import ArtifactBuffer, At, HookedModel, Observer, ProbeSet
 from tdhook_train.errors import GroupsError, SettingsError
 from tdhook_train.latent import Cav, GradientDirection, IcaDirection, LogisticDirection, MeanDifferenceDirection
+from tdhook_train.method import Part, Seen, look
 from tdhook_train.metrics import direction_cosine
 from tdhook_train.ops.folds import fold_of
 
@@ -301,6 +302,37 @@ def test_the_null_is_the_same_method_on_labels_without_a_meaning():
         assert_close(found["null"][0, draw], own["accuracy"][0])
     p = (1 + (found["null"][0] >= found["accuracy"]).sum().item()) / 4
     assert found["p_value"].item() == p
+
+
+def test_rows_that_are_said_to_be_independent_are_drawn_anew(tmp_path):
+    model, td = mlp(3, 5, 2), batch(40)
+    method = Cav("1", above_zero, folds=2, nulls=19, cav="mean-difference")
+    with Observer({"cav": method}, when=At(0), into=tmp_path, on=ProbeSet(td, groups="rows")) as observer:
+        observer.step(model, step=0)
+    row = ArtifactBuffer.open(tmp_path)["cav"].at(0)
+    assert row["null_reason"].tolist() == [0]
+    assert row["p_value"].item() == 1 / 20
+    assert len(row["null"].unique()) > 5
+
+
+@pytest.mark.parametrize("concept", [above_zero, None])
+def test_of_several_networks_each_layer_is_named_by_its_own(concept):
+    td, nets = batch(30), {"actor": mlp(3, 6, 2), "critic": mlp(3, 4, 4, 1)}
+    method = Cav(nn.Tanh, concept, folds=2, nulls=3, cav="mean-difference")
+    parts = {}
+    for name, net in nets.items():
+        model = HookedModel(net, name=name)
+        model.trace(td)
+        parts[name] = Part(Seen(td, look(model, td, method.taps(model))[0]), model)
+    found = method.across(parts)
+    assert found.labels["layer"] == ["actor.1", "critic.1", "critic.3"]
+    assert found.values["null"].shape == (3, 3)
+    for name, layer, row in (("actor", "1", 0), ("critic", "1", 1), ("critic", "3", 2)):
+        own = measured(method, nets[name], td)
+        place = list(nets[name].named_children()).index((layer, nets[name][int(layer)])) // 2
+        assert_close(found.values[name, "direction", layer], own["direction", layer])
+        assert_close(found.values["auc"][row], own["auc"][place])
+    assert found.dims["critic", "direction", "3"] == ("3.unit",)
 
 
 def test_labels_are_turned_within_trajectories_and_sides_of_a_contrast_swapped():
