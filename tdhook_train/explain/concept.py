@@ -12,7 +12,7 @@ from tdhook_train.errors import NetworkError, SettingsError
 from tdhook_train.ops.directions import between_means, by_logistic, unit
 from tdhook_train.ops.targets import label_of, read
 
-__all__ = ["CAVS", "Through", "along", "directions", "given", "labelled", "marked"]
+__all__ = ["CAVS", "Through", "along", "directions", "found", "given", "labelled", "marked"]
 
 CAVS = ("mean-difference", "logistic")
 
@@ -64,10 +64,10 @@ def marked(batch: TensorDictBase, concept: Any, device: torch.device) -> Tensor:
     Raises:
         SettingsError: not one label a row.
     """
-    found = read(batch, concept)
-    if found.numel() != len(batch):
-        raise SettingsError(f"concept {label_of(concept)!r} needs one label a row, has {tuple(found.shape)}")
-    return found.reshape(len(batch)).bool().to(device)
+    marks = read(batch, concept)
+    if marks.numel() != len(batch):
+        raise SettingsError(f"concept {label_of(concept)!r} needs one label a row, has {tuple(marks.shape)}")
+    return marks.reshape(len(batch)).bool().to(device)
 
 
 def labelled(batch: TensorDictBase, concept: Any, device: torch.device) -> Tensor:
@@ -85,9 +85,20 @@ def labelled(batch: TensorDictBase, concept: Any, device: torch.device) -> Tenso
     return marks
 
 
+def found(x: Tensor, labels: Tensor, cav: Literal["mean-difference", "logistic"], c: float) -> tuple[Tensor, Tensor]:
+    """Find directions from activations ``[row, unit]`` and labels ``[row, labelling]``.
+
+    Returns:
+        Unit directions ``[labelling, unit]``, and which fits converged, ``[labelling]``.
+    """
+    if cav == "mean-difference":
+        return between_means(x, labels), labels.new_ones(labels.shape[1], dtype=torch.bool)
+    return by_logistic(x, labels, c)
+
+
 def directions(x: Tensor, labels: Tensor, cav: Literal["mean-difference", "logistic"], c: float) -> Tensor:
     """Return unit directions ``[labelling, unit]``, from ``[row, unit]`` and labels ``[row, labelling]``."""
-    return between_means(x, labels) if cav == "mean-difference" else by_logistic(x, labels, c)
+    return found(x, labels, cav, c)[0]
 
 
 def given(value: Any, width: int, where: str) -> Tensor:

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from tdhook_train.errors import SettingsError
 from tdhook_train.explain.attribution import one_of
-from tdhook_train.explain.concept import CAVS
+from tdhook_train.explain.concept import CAVS, found
 from tdhook_train.latent.direction import Direction
 from tdhook_train.method import Seen
-from tdhook_train.ops.directions import between_means, logistic_normals, unit
 from tdhook_train.ops.folds import circular_shifts, in_blocks
 from tdhook_train.ops.separation import Scores
 
@@ -57,6 +56,7 @@ class Cav(Direction):
         "p_value": "layer",
         "null_reason": "layer",
     }
+    shown: ClassVar[tuple[str, ...] | None] = (*(Direction.shown or ()), "p_value")
     legend: ClassVar[Mapping[str, Mapping[int, str]]] = {
         **Direction.legend,
         "null_reason": {
@@ -78,10 +78,7 @@ class Cav(Direction):
 
     def found(self, x: Tensor, marks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Subtract the means, or fit."""
-        if self.cav == "mean-difference":
-            return between_means(x, marks), marks.new_ones(marks.shape[1])
-        normals, converged = logistic_normals(x, marks, self.C)
-        return unit(normals), converged
+        return found(x, marks, self.cav, self.C)
 
     def _labellings(self, marks: Tensor, seen: Seen) -> Tensor:
         if self._no_null(seen):

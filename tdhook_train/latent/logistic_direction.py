@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdhook_train.errors import SettingsError
 from tdhook_train.latent.direction import Direction
-from tdhook_train.ops.directions import logistic_normals, unit
+from tdhook_train.ops.directions import by_logistic
 
 __all__ = ["LogisticDirection"]
 
@@ -41,5 +41,4 @@ class LogisticDirection(Direction):
 
     def found(self, x: Tensor, marks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - of other members
         """Fit."""
-        normals, converged = logistic_normals(x, marks, self.C)
-        return unit(normals), converged
+        return by_logistic(x, marks, self.C)
