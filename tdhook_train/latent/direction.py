@@ -87,7 +87,7 @@ class Direction(Method):
             2: "the activations are not finite",
             3: "the sides do not differ",
             4: "found; there is one trajectory, so no scores",
-            5: "found; no fold leaves both sides to learn from and to be scored on, so no scores",
+            5: "found; one side lies in a single fold, so no scores",
             6: "found and scored, but the search did not converge",
         }
     }

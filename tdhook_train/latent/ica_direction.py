@@ -64,7 +64,7 @@ class IcaDirection(Direction):
         if len(unmixing):
             values = x @ unmixing.T
             for i, mark in enumerate(marks.T):
-                apart = torch.stack([cohens_d(one, mark) for one in values.T]).nan_to_num(0.0)
+                apart = cohens_d(values, mark[:, None]).nan_to_num(0.0)
                 best = apart.abs().argmax()
                 directions[i] = unit(unmixing[best]) * apart[best].sign()
         return directions, marks.new_full(marks.shape[1:], converged)

@@ -37,20 +37,20 @@ def cohens_d(values: Tensor, marks: Tensor) -> Tensor:
     """Return the difference of the means of two sides over their pooled standard deviation; NaN for fewer than 3 rows.
 
     Args:
-        values: ``[row]``.
-        marks: which are on the positive side, ``[row]``.
+        values: ``[row, column]``.
+        marks: which are on the positive side, in a shape that broadcasts with the values.
     """
-    plus, minus = values[marks], values[~marks]
-    between = plus.mean() - minus.mean()
-    within = (plus - plus.mean()).square().sum() + (minus - minus.mean()).square().sum()
-    return between / (within / (len(values) - 2)).sqrt() if len(values) > 2 else between * torch.nan
+    inside = marks.to(values).expand_as(values)
+    plus, minus = ((side * values).sum(0) / side.sum(0) for side in (inside, 1 - inside))
+    within = (values - torch.where(marks, plus, minus)).square().sum(0) / (len(values) - 2)
+    return (plus - minus) / within.sqrt()
 
 
 def held_out_scores(x: Tensor, marks: Tensor, folds: Tensor, found: Callable[[Tensor, Tensor], Tensor]) -> Scores:
     """Find directions without the rows of each fold, and score these rows, those of all folds together.
 
     A row is scored by its place along the direction from the midpoint between the means of the sides, both of the
-    other rows. Folds whose other rows lack one side are left out.
+    other rows. Where one side lies in a single fold there is nothing to find without it: NaN.
 
     Args:
         x: activations, ``[row, unit]``, float64.
@@ -74,13 +74,10 @@ def held_out_scores(x: Tensor, marks: Tensor, folds: Tensor, found: Callable[[Te
 
 
 def _scores(places: Tensor, marks: Tensor) -> Scores:
-    out = []
-    for place, mark in zip(places.T, marks.T, strict=True):
-        known = place.isfinite()
-        place, mark = place[known], mark[known]
-        if mark.all() or not mark.any():
-            out.append(place.new_full((3,), torch.nan))
-            continue
-        accuracy, auc, _ = class_scores(place[None, :, None, None, None], mark.long()[:, None, None]).flatten(1)
-        out.append(torch.stack([cohens_d(place, mark), accuracy[0], auc[0]]))
-    return Scores(*torch.stack(out, 1))
+    found = places.new_full((3, marks.shape[1]), torch.nan)
+    columns = places.isfinite().all(0)
+    if columns.any():
+        place, mark = places[:, columns], marks[:, columns]
+        accuracy, auc, _ = class_scores(place[None, :, :, None, None], mark.long()[..., None])[:, 0, :, 0]
+        found[:, columns] = torch.stack([cohens_d(place, mark), accuracy, auc])
+    return Scores(*found)
