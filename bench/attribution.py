@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import random
 import statistics
 import sys
-import time
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +20,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from _turns import ratio, turns
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -118,20 +117,6 @@ def sides(what: str, model: nn.Module, x: Tensor, targets: int) -> dict[str, Sid
     return found | ({"captum": captums(peer, model, x, targets, **extra)} if has["captum"] else {})
 
 
-def turns(every: dict[str, Side], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each side, in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in every}
-    order = random.Random(0)
-    for number in range(rounds + 1):
-        for name in order.sample(list(every), len(every)):
-            gc.collect()
-            began = time.perf_counter()
-            every[name]()
-            if number:  # the first fills caches
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
 def peak(side: Side) -> int:
     """Return the most bytes of tensors alive at once beyond those alive before."""
     gc.collect()
@@ -157,9 +142,11 @@ def report(what: str, widths: Sequence[int], rows: int, targets: int, rounds: in
     for name, side in every.items():
         if exact and not torch.allclose(side(), expected, atol=1e-4, rtol=1e-3):
             title += f" ({name} gives other values)"
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[OURS], strict=True))
         time_ms = statistics.median(seconds[name]) * 1e3
-        print(f"| {title} | {name} | {time_ms:.2f} | {ratio:.2f} | {peak(side) / 1e6:.1f} |", flush=True)
+        print(
+            f"| {title} | {name} | {time_ms:.2f} | {ratio(seconds, name, OURS):.2f} | {peak(side) / 1e6:.1f} |",
+            flush=True,
+        )
 
 
 def main() -> None:

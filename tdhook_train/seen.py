@@ -13,9 +13,11 @@ from torch import Tensor
 from tdhook_train.errors import KeyMissingError, did_you_mean
 from tdhook_train.hooks import HookedModel
 from tdhook_train.keys import by_name, dotted, path_of
+from tdhook_train.ops.fingerprint import fingerprint
+from tdhook_train.ops.targets import Target, read
 from tdhook_train.schedule import Times
 
-__all__ = ["Part", "Parts", "Seen", "inputs_below", "look"]
+__all__ = ["Part", "Parts", "Seen", "given_out", "inputs_below", "inputs_hash", "look", "row_before"]
 
 
 @dataclass
@@ -85,3 +87,22 @@ def look(model: HookedModel, batch: TensorDictBase, sites: Sequence[str]) -> tup
         proxies = {site: run.get(site) for site in sites}
     values = {site: proxy.resolve() for site, proxy in proxies.items()}
     return values, run.output.select(*model.out_keys, strict=False)
+
+
+def given_out(seen: Seen, model: HookedModel, target: Target) -> Tensor:
+    """Return an output of this network, also where another gives one of that name or the batch holds one."""
+    own = seen.batch.get(model.name, None) if model.name else None
+    return read(seen.batch if own is None else own, target)
+
+
+def inputs_hash(seen: Seen, model: HookedModel) -> Tensor:
+    """Hash what a network was run on, once a probe set."""
+    known = ("inputs", model.name)
+    if known not in seen.memo:
+        seen.memo[known] = fingerprint(TensorDict({key: seen.batch.get(key) for key in model.in_keys}))
+    return torch.tensor(seen.memo[known])
+
+
+def row_before(seen: Seen, model: HookedModel) -> TensorDictBase | None:
+    """Return what the row before says of a network; None where there is none."""
+    return seen.previous if seen.previous is None or not model.name else seen.previous.get(model.name, None)

@@ -26,7 +26,15 @@ from tdhook_train.attribution.sobol import Sobol
 from tdhook_train.attribution.square_grad import SquareGrad
 from tdhook_train.attribution.var_grad import VarGrad
 from tdhook_train.explain.tcav import Tcav
-from tdhook_train.ops.objectives import Kl, LogitDifference, LogProb, NegativeLoss, NormalLogProb, TanhNormalLogProb
+from tdhook_train.ops.objectives import (
+    Kl,
+    LogitDifference,
+    LogitGap,
+    LogProb,
+    NegativeLoss,
+    NormalLogProb,
+    TanhNormalLogProb,
+)
 
 __all__ = [
     "LRP",
@@ -49,6 +57,7 @@ __all__ = [
     "Lime",
     "LogProb",
     "LogitDifference",
+    "LogitGap",
     "NegativeLoss",
     "NormalLogProb",
     "Occlusion",

@@ -21,7 +21,7 @@ class HealthCallback(ObserverCallback):
 
     Loggers are told means over layers: ``health/dormant/<tau>`` and ``health/dead`` (shares of units),
     ``health/dormancy``, ``health/dead_unit``, ``health/effective_rank`` and ``health/effective_rank_centred``
-    (directions).
+    (directions); and of the network as a whole, with ``_pooled`` after the name, the share of its units or directions.
 
     Example:
         >>> HealthCallback("encoder.*", every_n_epochs=1, batch=(images, labels))  # doctest: +SKIP

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.method import Method, Seen
-from tdhook_train.ops.units import as_rows, padded
+from tdhook_train.ops.units import as_rows, padded, pooled
 
 __all__ = ["DeadUnits"]
 
@@ -32,8 +32,9 @@ class DeadUnits(Method):
         min_std: in units of the activation.
 
     Writes:
-        ``dead`` [layer]: share of the layer's units. ``dead_unit`` [layer, unit]: 1 or 0, NaN beyond the width.
-        ``width`` [layer]: number of units.
+        ``dead`` [layer]: share of the layer's units, NaN where one of them is not finite. ``dead_pooled``: share of the
+        units of all these layers together, but those of which that is not known. ``dead_unit`` [layer, unit]: 1 or 0,
+        NaN beyond the width and where a unit is not finite. ``width`` [layer]: number of units.
 
     Source: Lyle et al. 2023, arXiv:2303.01486 (dead and saturated units).
     """
@@ -42,7 +43,12 @@ class DeadUnits(Method):
     min_std: float = 1e-3
 
     looks_back: ClassVar[bool] = False
-    writes: ClassVar[Mapping[str, str]] = {"dead": "layer", "dead_unit": "layer unit", "width": "layer"}
+    writes: ClassVar[Mapping[str, str]] = {
+        "dead": "layer",
+        "dead_pooled": "",
+        "dead_unit": "layer unit",
+        "width": "layer",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,15 +65,20 @@ class DeadUnits(Method):
         for site in self.taps(model):
             value = seen.values[site]
             rows = as_rows(value, model.unit_axis(site, value))
-            dead.append(self._dead(rows, model.module_of(site)).float())
+            dead.append(self._dead(rows, model.module_of(site)))
+        shares, widths = torch.stack([units.mean() for units in dead]), [len(units) for units in dead]
         values = {
-            "dead": torch.stack([units.mean() for units in dead]),
+            "dead": shares,
+            "dead_pooled": pooled(shares.unbind(), widths),
             "dead_unit": padded(dead),
-            "width": torch.tensor([len(units) for units in dead]),
+            "width": torch.tensor(widths),
         }
         return TensorDict(values, batch_size=[])
 
     def _dead(self, rows: Tensor, module: nn.Module) -> Tensor:
+        largest = rows.abs().amax(0)
         if isinstance(module, _SATURATING):
-            return (rows - rows.mean(0)).square_().mean(0).sqrt() < self.min_std
-        return rows.abs().amax(0) == 0
+            dead = (rows - rows.mean(0)).square_().mean(0).sqrt() < self.min_std
+        else:
+            dead = largest == 0
+        return torch.where(largest.isfinite(), dead.float(), torch.nan)

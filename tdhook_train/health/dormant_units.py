@@ -8,12 +8,13 @@ from typing import ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 
 from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
-from tdhook_train.ops.units import dormancy, padded
+from tdhook_train.ops.units import dormancy, padded, pooled
 
 __all__ = ["DormantUnits"]
 
@@ -30,8 +31,9 @@ class DormantUnits(Method):
         taus: thresholds.
 
     Writes:
-        ``dormant`` [layer, tau]: share of the layer's units. ``dormancy`` [layer, unit]: the score s, NaN beyond the
-        layer's width; 0 everywhere in a layer that is all zero.
+        ``dormant`` [layer, tau]: share of the layer's units, NaN of a layer that is not finite. ``dormant_pooled``
+        [tau]: share of the units of all these layers together, but those that are not finite. ``dormancy``
+        [layer, unit]: the score s, NaN beyond the layer's width; 0 everywhere in a layer that is all zero.
 
     Source: Sokar et al. 2023, arXiv:2302.12902, definition 3.1.
     """
@@ -40,7 +42,11 @@ class DormantUnits(Method):
     taus: tuple[float, ...] = (0.0, 0.025, 0.1)
 
     looks_back: ClassVar[bool] = False
-    writes: ClassVar[Mapping[str, str]] = {"dormant": "layer tau", "dormancy": "layer unit"}
+    writes: ClassVar[Mapping[str, str]] = {
+        "dormant": "layer tau",
+        "dormant_pooled": "tau",
+        "dormancy": "layer unit",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,5 +66,15 @@ class DormantUnits(Method):
         """Score every unit."""
         values = {site: seen.values[site] for site in self.taps(model)}
         scores = [dormancy(value, model.unit_axis(site, value)) for site, value in values.items()]
-        shares = [torch.stack([(score <= tau).float().mean() for tau in self.taus]) for score in scores]
-        return TensorDict({"dormant": torch.stack(shares), "dormancy": padded(scores)}, batch_size=[])
+        shares = torch.stack([_shares(score, self.taus) for score in scores])
+        found = {
+            "dormant": shares,
+            "dormant_pooled": pooled(shares.unbind(), [len(score) for score in scores]),
+            "dormancy": padded(scores),
+        }
+        return TensorDict(found, batch_size=[])
+
+
+def _shares(score: Tensor, taus: Sequence[float]) -> Tensor:
+    shares = torch.stack([(score <= tau).float().mean() for tau in taus])
+    return torch.where(score.isnan().any(), torch.nan, shares)

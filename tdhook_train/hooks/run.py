@@ -101,9 +101,12 @@ class Run:
         """
         self._write(path, Setter, "output", value, call, copies=copies)
 
-    def set_input(self, path: Selector, value: Any, *, call: Call = 0) -> None:
-        """Replace the first argument of the module at ``path`` (``path:1`` the second, ``path:name`` one by name)."""
-        self._write(path, Setter, "input", value, call)
+    def set_input(self, path: Selector, value: Any, *, call: Call = 0, copies: int | None = None) -> None:
+        """Replace the first argument of the module at ``path`` (``path:1`` the second, ``path:name`` one by name).
+
+        Args are those of :meth:`set`.
+        """
+        self._write(path, Setter, "input", value, call, copies=copies)
 
     def set_grad(self, path: Selector, value: Any, *, call: Call = 0) -> None:
         """Replace the gradient on its way back through the module's output."""

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import TdhookTrainError
 from tdhook_train.hooks.model import HookedModel
+from tdhook_train.hooks.run import Run
 
 __all__ = ["run_versions"]
 
 
 def run_versions(
-    model: HookedModel, inputs: TensorDictBase, site: str, versions: Tensor, expected: TensorDictBase
+    model: HookedModel,
+    inputs: TensorDictBase,
+    site: str,
+    versions: Tensor,
+    expected: TensorDictBase,
+    side: Literal["output", "input"] = "output",
 ) -> TensorDict:
-    """Return the outputs for every version of what ``site`` gives out.
+    """Return the outputs for every version of what ``site`` gives out, or takes in.
 
     First tried: the versions as a new leading dimension, so that only what lies after the site runs on all of them.
     Where the network cannot take that dimension, or makes something else of it (the unchanged version then does not
@@ -28,15 +37,16 @@ def run_versions(
         site: where the versions go.
         versions: ``[version, rows, ...]`` (rows where the site has them), the first of them the unchanged value.
         expected: the outputs of the unchanged network, ``[rows]``.
+        side: whether the versions are of what the module gives out, or of its first argument.
 
     Returns:
         The floating outputs, ``[version * rows]``.
     """
-    axis = model.row_axis(site)
+    axis = model.row_axis(site) if side == "output" else 0
     count, rows = len(versions), versions.shape[1 + axis]
     try:
         with model.run(inputs) as run:
-            run.set(site, versions, copies=count)
+            _set(run, side)(site, versions, copies=count)
         ahead = _flat(run.output, model.out_keys, count, rows)
         if _agrees(ahead[:rows], expected):
             return ahead
@@ -46,17 +56,20 @@ def run_versions(
         pass
     repeated = TensorDict({key: _repeat(inputs.get(key), count) for key in model.in_keys}, batch_size=[count * rows])
     with model.run(repeated) as run:
-        run.set(site, versions.movedim(0, axis).flatten(axis, axis + 1))
+        _set(run, side)(site, versions.movedim(0, axis).flatten(axis, axis + 1))
     together = _flat(run.output, model.out_keys, count * rows, 0)
     if _agrees(together[:rows], expected):
         return together
-    return torch.cat([_alone(model, inputs, site, version, rows) for version in versions])
+    alone = []
+    for version in versions:
+        with model.run(inputs) as run:
+            _set(run, side)(site, version)
+        alone.append(_flat(run.output, model.out_keys, rows, 0))
+    return torch.cat(alone)
 
 
-def _alone(model: HookedModel, inputs: TensorDictBase, site: str, version: Tensor, rows: int) -> TensorDict:
-    with model.run(inputs) as run:
-        run.set(site, version)
-    return _flat(run.output, model.out_keys, rows, 0)
+def _set(run: Run, side: Literal["output", "input"]) -> Callable[..., None]:
+    return run.set if side == "output" else run.set_input
 
 
 def _repeat(value: Tensor, count: int) -> Tensor:

@@ -3,11 +3,13 @@
 from tdhook_train.isolation.drawing import accompanied, draws, undrawn
 from tdhook_train.isolation.in_place import in_place
 from tdhook_train.isolation.networks import Network, is_loss, networks
+from tdhook_train.isolation.redrawing import DrawnFrom, redraw
 from tdhook_train.isolation.shadow import Shadow, private_copy, take_over
 from tdhook_train.isolation.view import CopiesView, LiveView, ShadowView, View, isolated
 
 __all__ = [
     "CopiesView",
+    "DrawnFrom",
     "LiveView",
     "Network",
     "Shadow",
@@ -20,6 +22,7 @@ __all__ = [
     "isolated",
     "networks",
     "private_copy",
+    "redraw",
     "take_over",
     "undrawn",
 ]

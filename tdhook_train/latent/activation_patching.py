@@ -1,157 +1,140 @@
-"""What each layer and each unit carries: its activation replaced by its value in another state, exactly."""
+"""What each layer and each part of it carries: its activation replaced by its value in another state, exactly."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook_train.errors import SettingsError
-from tdhook_train.hooks import HookedModel, Selection
+from tdhook_train.errors import SettingsError, TargetError
+from tdhook_train.hooks import HookedModel
 from tdhook_train.hooks.layout import ELEMENTWISE
 from tdhook_train.hooks.readers import sole_readers
-from tdhook_train.hooks.versions import run_versions
-from tdhook_train.keys import path_of
-from tdhook_train.method import Method, Seen, look
-from tdhook_train.ops.join import Labels
-from tdhook_train.ops.targets import beside, explained, named
-from tdhook_train.ops.units import evenly_spaced, padded
+from tdhook_train.latent.paired import PREFIX, Changes, Paired, States, by_layer
+from tdhook_train.method import Seen
+from tdhook_train.ops.cuts import Part
+from tdhook_train.ops.targets import first_floating, label_of, named, read
 
 __all__ = ["ActivationPatching"]
 
-_ROWS_PER_PASS = 8192  # patched rows at a time: caps memory on wide layers
+_DECIDED = ("counterfactual", "class")
 
 
 @dataclass(frozen=True)
-class ActivationPatching(Method):
-    """How much an output changes when a layer, or one unit of it, takes the value it has in a paired state.
+class ActivationPatching(Paired):
+    """How much an output changes when a layer, or a part of it, takes the value it has in a paired state.
 
     Exact: for every patch the rest of the network is run. All patches of a layer go through the layers after it in
     one batch; one forward pass a layer, from that layer on where the network allows it, and none for a layer whose
     only reader is an elementwise activation (replacing a unit before or after it is the same).
 
     Args:
-        layers: paths, patterns, module classes or predicates of the layers to patch.
-        targets: the metrics: an output key, a key with a feature index, a function of the TensorDict of outputs and of
-            what the batch holds of the state that is patched (such as its true class) that gives one number a row, a
-            list or a mapping of names to these. By default every feature of the first output.
-        pairs: number of paired states. Rows spread evenly over the batch are each paired with the row half the batch
-            further on; sources given as ``("source", key)`` in the batch are used instead, row by row.
+        layers: see :class:`.paired.Paired`, as are ``targets``, ``pairs``, ``side``, ``parts``, ``heads``, ``by``,
+            ``way`` and ``max_bytes``.
+        counterfactual: what a causal model decides where the part takes the source's value, for interchange accuracy:
+            a key of the batch with the number of the class, one feature of a key, or a function of the batch.
+        decision: what the network decides, with ``counterfactual``: logits of classes, the largest of which counts, or
+            the number of the class; the first output by default.
 
     Writes:
-        ``effect`` [layer, target] and ``unit_effect`` [layer, unit, target]: mean over pairs of
-        ``|M(do h = h') - M(base)|``, in units of the target. ``gap`` [layer, target]: mean ``|M(source) - M(base)|``.
-        ``normalised``, ``unit_normalised``: the part of the gap that the patch closes,
-        ``Σ s·(M(do) - M(base)) / Σ|gap|`` with s the sign of each pair's gap: 1 where the patch gives the source's
-        output, 0 where it does nothing.
-        Units that a layer does not have are NaN, as is everything where all gaps are 0.
+        ``effect`` [layer, target], ``unit_effect`` [layer, unit, target], and so on for ``head_`` and ``position_``:
+        mean over pairs of ``|M(do h = h') - M(base)|``, in units of the target. With paired states: ``gap``
+        [layer, target]: mean ``|M(source) - M(base)|``; ``normalised``, ``unit_normalised``, …: the part of the gap
+        that the patch closes, ``Σ s·(M(do) - M(base)) / Σ|gap|`` with s the sign of each pair's gap: 1 where the patch
+        gives the source's output, 0 where it does nothing. Units that a layer does not have are NaN, as is the part
+        where all gaps are 0. Of denoising, the same keys with ``_denoise`` at the end. With ``counterfactual`` also
+        ``interchange`` [layer], ``unit_interchange`` [layer, unit], …: share of the pairs in which the patched network
+        decides as the causal model.
 
-    Source: Vig et al. 2020, arXiv:2004.12265; Zhang and Nanda 2024, arXiv:2309.16042.
+    Source: Vig et al. 2020, arXiv:2004.12265; noising and denoising: Zhang and Nanda 2024, arXiv:2309.16042,
+    Heimersheim and Nanda 2024, arXiv:2404.15255; resample ablation: Chan et al. 2022, "Causal scrubbing"; interchange
+    interventions: Geiger et al. 2021, arXiv:2106.02997.
     """
 
-    layers: Selection = "**"
-    targets: Any = None
-    pairs: int = 64
+    _: KW_ONLY
+    counterfactual: Any = None
+    decision: Any = None
 
-    looks_back: ClassVar[bool] = False
     writes: ClassVar[Mapping[str, str]] = {
-        "effect": "layer target",
-        "normalised": "layer target",
-        "gap": "layer target",
-        "unit_effect": "layer unit target",
-        "unit_normalised": "layer unit target",
+        **Paired.writes,
+        **{f"{prefix}interchange": f"layer {prefix.rstrip('_')}".strip() for prefix in PREFIX.values()},
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pairs < 2:
-            raise SettingsError(f"ActivationPatching needs at least 2 pairs, got pairs={self.pairs}")
-        if self.targets is not None:
-            named(self.targets)
+        if self.counterfactual is None and self.decision is not None:
+            raise SettingsError(f"ActivationPatching needs a counterfactual to hold decision={self.decision!r} against")
+        if self.counterfactual is not None and (self.by != "source" or self.way != "noise"):
+            raise SettingsError(
+                f"ActivationPatching needs by='source' and way='noise' for interchanges, got {self.by!r}, {self.way!r}"
+            )
+        for given in (self.counterfactual, self.decision):
+            if given is not None:
+                named(given)
 
-    def labels(self, seen: Seen, model: HookedModel) -> Labels:
-        """The layers and the metrics."""
-        sites = model.sites(self.layers)
-        targets = list(self._columns(seen.batch, model))
-        return {"layer": list(sites), "layer_type": [model.kind(site) for site in sites], "target": targets}
-
-    def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
-        """Patch every layer and every unit of one network."""
-        base, source = self._pair(seen, model)
-        sites = model.sites(self.layers)
-        values, outputs = look(model, torch.cat([base, source]), sites)
-        metrics = self._metrics(outputs, base, model)
-        known = ("same patch", model.name)
-        if known not in seen.memo:
-            seen.memo[known] = _same_patch(model, sites, base[:2])
-        twins = seen.memo[known]
-        done: dict[str, Tensor] = {}
-        for site in reversed(sites):
+    def changes(self, states: States, model: HookedModel, seen: Seen) -> Changes:
+        """Patch every part of every layer."""
+        twins = self._twins(states, model, seen)
+        done: Changes = {}
+        for site in reversed(states.before):
             twin = twins.get(site)
-            before, after = values[site].chunk(2, model.row_axis(site))
-            expected = outputs[: len(base)]
+            before = states.before[site]
             # the same units only where both count them along the same dimension
             same = twin and model.unit_axis(twin, before) == model.unit_axis(site, before)
-            done[site] = done[twin] if same else self._patched(model, base, site, (before, after), expected)
-        return _summary([done[site] for site in sites], *metrics.chunk(2))
+            done[site] = done[twin] if twin and same else self._patched(states, model, site)
+        return done
 
-    def _columns(
-        self, outputs: TensorDictBase, model: HookedModel, held: TensorDictBase | None = None
-    ) -> Mapping[str, Tensor]:
-        return explained(outputs, self.targets, model.out_keys, len(outputs), held)
+    def kept(self, seen: Seen) -> dict[NestedKey, Tensor]:
+        """Keep what the causal model decides."""
+        if self.counterfactual is None:
+            return {}
+        decided = read(seen.batch, self.counterfactual)
+        if decided.numel() != len(seen.batch) or decided.is_floating_point():
+            raise TargetError(
+                f"counterfactual {label_of(self.counterfactual)!r} needs the number of one class a row, has "
+                f"{decided.dtype}, {tuple(decided.shape)}"
+            )
+        return {_DECIDED: decided.reshape(-1)}
 
-    def _metrics(self, outputs: TensorDictBase, base: TensorDict, model: HookedModel) -> Tensor:
-        """Return the metrics of versions of one batch, ``[version * pair, target]``."""
-        count = len(outputs) // len(base)
-        known = {
-            key: value.repeat(count, *[1] * (value.ndim - 1))
-            for key, value in beside(base, self.targets, model.out_keys).items()
-        }
-        read = TensorDict(known, batch_size=outputs.batch_size).update(outputs) if known else outputs
-        held = TensorDict(known, batch_size=outputs.batch_size)
-        return torch.stack(list(self._columns(read, model, held).values()), 1).detach()
+    def metrics(self, outputs: TensorDictBase, base: TensorDict, model: HookedModel) -> Tensor:
+        """Return the metrics, and behind them whether the decision is the counterfactual one."""
+        found = super().metrics(outputs, base, model)
+        if self.counterfactual is None:
+            return found
+        decision = read(outputs, first_floating(outputs, model.out_keys) if self.decision is None else self.decision)
+        decision = decision.argmax(-1) if decision.is_floating_point() else decision
+        hit = decision.reshape(-1, len(base)) == base.get(_DECIDED)
+        return torch.cat([found, hit.reshape(-1, 1).to(found)], 1)
 
-    def _patched(
-        self, model: HookedModel, base: TensorDict, site: str, values: tuple[Tensor, Tensor], expected: TensorDictBase
-    ) -> Tensor:
-        """Return the metrics with the whole layer patched, then with each unit: ``[1 + unit, pair, target]``."""
-        before, after = values
-        pairs, axis = len(base), model.unit_axis(site, before)
-        units = before.shape[axis] if before.ndim > 1 else 0
-        found = []
-        for chunk in torch.arange(units + 1).split(max(1, _ROWS_PER_PASS // pairs)):
-            swapped = torch.zeros(len(chunk) + 1, max(units, 1), dtype=torch.bool, device=before.device)
-            swapped[1:] = chunk[:, None] == torch.arange(1, max(units, 1) + 1)  # the first version stays unchanged
-            swapped[1:][chunk == 0] = True  # patch 0 is the whole layer
-            shape = [len(chunk) + 1, *[units if units and i == axis else 1 for i in range(before.ndim)]]
-            versions = torch.where(swapped.view(shape), after, before)
-            metrics = self._metrics(run_versions(model, base, site, versions, expected), base, model)
-            found.append(metrics.unflatten(0, (len(chunk) + 1, pairs))[1:])
-        return torch.cat(found)
+    def summary(self, changes: Changes, states: States, sites: Sequence[str]) -> dict[str, Tensor]:
+        """Average over pairs, decisions apart."""
+        found = super().summary(changes, states, sites)
+        if self.counterfactual is None:
+            return found
+        found = {key: value[..., :-1] for key, value in found.items()}
+        for kind in self.parts:
+            hits = [(changes[site][kind] + states.metrics).mean(1)[:, -1:] for site in sites]
+            found[f"{PREFIX[kind]}interchange"] = by_layer(kind, hits)[..., 0]
+        return found
 
-    def _pair(self, seen: Seen, model: HookedModel) -> tuple[TensorDict, TensorDict]:
-        """Return base and source inputs, row by row; with both, what functions may read of the base."""
-        inputs = {key: seen.batch.get(key) for key in model.in_keys}
-        prefixed = {key: ("source", *path_of(key)) for key in inputs}
-        given = {key: seen.batch.get(prefixed[key], None) for key in inputs}
-        rows = len(seen.batch)
-        if any(value is not None for value in given.values()):
-            index = evenly_spaced(rows, self.pairs)
-            sources = {k: (inputs[k] if v is None else v)[index] for k, v in given.items()}
-        elif rows < 2:
-            raise SettingsError(f"ActivationPatching pairs rows with each other and needs 2 or more, got {rows}")
-        else:
-            index = evenly_spaced(rows, min(self.pairs, rows - rows % 2))
-            sources = {key: value[index.roll(len(index) // 2)] for key, value in inputs.items()}
-        bases = {key: value[index] for key, value in inputs.items()}
-        still = beside(seen.batch, self.targets, [*model.in_keys, *model.out_keys])
-        known = {key: value[index] for key, value in still.items()}
-        base, source = (TensorDict(known | values, batch_size=[len(index)]) for values in (bases, sources))
-        return base, source
+    def _patched(self, states: States, model: HookedModel, site: str) -> dict[Part, Tensor]:
+        cuts = self.cuts(states, model, site)
+        counts = [one.count for one in cuts.values()]
+        found = self.exact(states, model, site, [(one, torch.arange(one.count)) for one in cuts.values()])
+        return dict(zip(cuts, (found - states.metrics).split(counts), strict=True))
+
+    def _twins(self, states: States, model: HookedModel, seen: Seen) -> dict[str, str]:
+        if self.side == "input" or self.by in ("zero", "mean"):  # what the activation makes of 0 need not be 0
+            return {}
+        known = ("same patch", model.name)
+        if known not in seen.memo:
+            seen.memo[known] = _same_patch(model, list(states.before), states.base[:2])
+        twins: dict[str, str] = seen.memo[known]
+        return twins
 
 
 def _same_patch(model: HookedModel, sites: Sequence[str], inputs: TensorDict) -> dict[str, str]:
@@ -165,19 +148,3 @@ def _same_patch(model: HookedModel, sites: Sequence[str], inputs: TensorDict) ->
     candidates = {b: a for b, a in near.items() if isinstance(model.module_of(a), ELEMENTWISE)}
     readers = sole_readers(model, inputs, [*candidates, *candidates.values()]) if candidates else {}
     return {before: after for before, after in candidates.items() if readers.get(before) == after}
-
-
-def _summary(patched: Sequence[Tensor], base: Tensor, source: Tensor) -> TensorDict:
-    """Average over pairs; ``patched`` holds ``[1 + unit, pair, target]`` a layer, the others ``[pair, target]``."""
-    gap = source - base
-    size = gap.abs().sum(0)
-    effects = padded([(value - base).abs().mean(1) for value in patched])  # [layer, 1 + unit, target]
-    closed = padded([((value - base) * gap.sign()).sum(1) / size for value in patched])
-    values = {
-        "effect": effects[:, 0],
-        "unit_effect": effects[:, 1:],
-        "normalised": closed[:, 0],
-        "unit_normalised": closed[:, 1:],
-        "gap": (size / len(gap)).expand(len(patched), -1).clone(),
-    }
-    return TensorDict(values, batch_size=[])

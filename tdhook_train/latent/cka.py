@@ -16,10 +16,10 @@ from tdhook_train.hooks.paths import selectors
 from tdhook_train.isolation import private_copy
 from tdhook_train.method import Method, Seen, look
 from tdhook_train.ops.cka import NOT_FINITE, SAME, TOO_FEW, Representations, thinned
-from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.units import as_rows
 from tdhook_train.ops.weights import Weights
+from tdhook_train.seen import inputs_hash, row_before
 
 __all__ = ["Cka"]
 
@@ -141,7 +141,7 @@ class Cka(Method):
         if self.reference is not None:
             found |= self._compared(now, "reference", self._of("reference", seen, model))
         if "previous" in self.to:
-            inputs = self._inputs(seen, model)
+            inputs = inputs_hash(seen, model)
             before = self._before(seen, model, inputs, kept)
             found |= self._compared(now, "previous", None if before is None else Representations(before, counts))
             found |= {("activation", site): value for site, value in kept.items()} | {"inputs": inputs}
@@ -181,18 +181,11 @@ class Cka(Method):
         self.reference.put_into(twin, model.name, model.title)
         return model.on(twin)
 
-    def _inputs(self, seen: Seen, model: HookedModel) -> Tensor:
-        """Hash what the network was run on, once a probe set."""
-        known = ("inputs", model.name)
-        if known not in seen.memo:
-            seen.memo[known] = fingerprint(TensorDict({key: seen.batch.get(key) for key in model.in_keys}))
-        return torch.tensor(seen.memo[known])
-
     def _before(
         self, seen: Seen, model: HookedModel, inputs: Tensor, kept: Mapping[str, Tensor]
     ) -> list[Tensor] | None:
         """Return what the layers gave out at the tick before; None where that was not on this batch."""
-        row = seen.previous if seen.previous is None or not model.name else seen.previous.get(model.name, None)
+        row = row_before(seen, model)
         if row is None or "inputs" not in row or int(row["inputs"]) != int(inputs):
             return None
         before = [row.get(("activation", site), None) for site in kept]

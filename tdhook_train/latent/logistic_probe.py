@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tdhook_train.errors import GroupsError, SettingsError, TargetError
+from tdhook_train.errors import GroupsError, SettingsError
 from tdhook_train.hooks import HookedModel
-from tdhook_train.latent.layer_probe import LayerProbe, null_place
-from tdhook_train.method import Parts, Seen
-from tdhook_train.ops.classification import SCORES, fold_scores, pooled_scores
+from tdhook_train.latent.class_blocks import class_labels, numbered
+from tdhook_train.latent.fold_probes import FoldProbes
+from tdhook_train.latent.layer_probe import LayerProbe
+from tdhook_train.latent.logistic_scores import LogisticScores
+from tdhook_train.method import Part, Parts, Seen
+from tdhook_train.ops.classification import SCORES
 from tdhook_train.ops.folds import circular_shifts
 from tdhook_train.ops.join import Labels, Measured
-from tdhook_train.ops.logistic import LogisticDesign
 from tdhook_train.ops.targets import columns, named
+from tdhook_train.ops.units import padded
 
 __all__ = ["LogisticProbe"]
-
-_MAX_CLASSES = 64
-_MAX_COEFFICIENTS = 4096  # the Hessian of a fit takes their square
-_NUMBERS = 1 << 24  # held at a time, as Hessians or as logits
-_BIGGER_IS_BETTER = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)  # of SCORES
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,18 @@ class LogisticProbe(LayerProbe):
             activations alike.
         target: what is predicted, whole numbers or booleans: a key of the batch, a key with a feature index, a
             function of the batch (``lambda td: td["action"].argmax(-1)`` for a one-hot action), a list of these, or a
-            mapping of names to these. Up to 64 classes each, found from the data.
+            mapping of names to these. Up to 64 classes each, found from the data. Multilabel: a boolean ``[rows, k]``
+            is k targets of two classes, ``name.0`` and so on, each with a probe and a score of its own; their macro
+            average is the mean over those targets.
         folds: number of folds; each trajectory lies in one. Fewer trajectories than folds: leave one out. Without
             trajectories rows count as independent.
         C: weight of the summed loss against ½‖w‖²; the intercept is not penalised. As in scikit-learn.
         shifts: circular shifts behind the null. 19 are the fewest that give a one-sided test at 5 % (the score must
             beat the best of 19), half as many as of the cheaper ridge probe; more give a steadier test.
+        directions: also write what is read out, fitted to all rows (one fit more), for
+            :func:`tdhook_train.metrics.direction_cosine`, steering, erasure, or to apply the probe elsewhere. As the
+            rows of a run have one shape, give a target whose number of classes may change (the network's own choice,
+            say) as a boolean a class.
 
     Writes:
         ``balanced_accuracy``, ``auc``, ``log_loss`` [layer, target]: of held-out rows, mean over folds. AUC is the
@@ -60,7 +64,11 @@ class LogisticProbe(LayerProbe):
         finite, too many, or not known. ``_null``: what shifts reach (of log-loss, the least), ``_p``: share of shifts
         that score at least as well, itself counted. ``classes``: how many the target has. ``reason``,
         ``null_reason``: why a NaN (see ``legend``). Folds whose training rows lack a class, or which hold out one
-        class only, are left out of the mean; ``reason`` says so where there are any.
+        class only, are left out of the mean; ``reason`` says so where there are any. With ``directions``, ``direction``
+        [layer, target, class, unit] and ``intercept`` [layer, target, class]: logits are ``x @ direction.mT +
+        intercept``, and probabilities their softmax. Of two classes the first is 0 throughout, and the second is the
+        normal of the boundary; of more they are 0 on average over classes. NaN beyond a target's classes or a layer's
+        width, and where there is no score.
 
     Labels: beside ``target``, ``target_classes``: the classes of each target at the first tick.
 
@@ -74,6 +82,7 @@ class LogisticProbe(LayerProbe):
 
     C: float = 1.0
     shifts: int = 19
+    directions: bool = False
 
     writes: ClassVar[Mapping[str, str]] = {
         **{
@@ -82,7 +91,12 @@ class LogisticProbe(LayerProbe):
             for kind in ("", "_pooled", "_observation", "_initial", "_null", "_p")
         },
         **dict.fromkeys(("classes", "reason", "null_reason"), "layer target"),
+        "direction": "layer target class unit",
+        "intercept": "layer target class",
     }
+    shown: ClassVar[tuple[str, ...]] = tuple(
+        score + kind for score in SCORES for kind in ("", "_pooled", "_observation", "_initial", "_null", "_p")
+    )
     legend: ClassVar[Mapping[str, Mapping[int, str]]] = {
         "reason": {
             0: "scored",
@@ -110,28 +124,52 @@ class LogisticProbe(LayerProbe):
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """Layers, targets and the classes of each target."""
-        classes = [_classes(name, value) for name, value in self._targets(seen).items()]
-        shown = [", ".join(map(str, own.tolist())) for own in classes]
-        return super().labels(seen, model) | {"target_classes": shown}
+        return super().labels(seen, model) | {"target_classes": class_labels(self._targets(seen), "LogisticProbe")}
+
+    def fold_probes(self, part: Part) -> FoldProbes:
+        """Return the probe of each fold on one network; the scores are balanced accuracies."""
+        blocks, folds, y, classes = self._data({"": part})
+        found = LogisticScores(blocks, y, _counts(classes), folds, self.C).solve(None, keep="folds")
+        values = padded([*(own.double() for own in classes), torch.full((2,), torch.nan, dtype=torch.float64)])[:-1]
+        truth = values.gather(1, y.T).T
+        nowhere = torch.full((len(y),), -1)
+        return FoldProbes(
+            found.mean[0],
+            found.reason,
+            nowhere if folds is None else folds,
+            truth,
+            found.weights,
+            found.intercepts,
+            values,
+        )
 
     def _targets(self, seen: Seen) -> dict[str, Tensor]:
         return columns(seen.batch, named(self.target), len(seen.batch))
 
-    def _scores(self, parts: Parts) -> Measured:
+    def _data(self, parts: Parts) -> tuple[list[Tensor], Tensor | None, Tensor, list[Tensor]]:
+        """Return the features of each layer, the folds (None for one trajectory), class numbers, and classes."""
         seen = next(iter(parts.values())).seen
         rows = len(seen.batch)
         if rows < self.folds:
             raise GroupsError(f"LogisticProbe needs a row for each of {self.folds} folds, got {rows} rows")
         blocks = self._blocks(parts, rows)
         groups = self._groups(seen, rows)
-        targets = self._targets(seen)
-        classes = torch.tensor([len(_classes(name, value)) for name, value in targets.items()])
-        y = torch.stack([value.cpu().unique(return_inverse=True)[1] for value in targets.values()], 1)
-        folds = self._folds(seen, rows) if (groups != groups[0]).any() else None
-        why_no_null = self._no_null(seen, self.shifts)
-        shifts = None if why_no_null or folds is None else circular_shifts(groups, self.shifts, seen.generator)
-        found = _Scores(blocks, y, classes, folds, self.C).solve(shifts)
-        raw, initial = self._spread(self._baselines(parts, y, classes, folds), parts)
+        y, classes = numbered(self._targets(seen), type(self).__name__)
+        return blocks, self._folds(seen, rows) if (groups != groups[0]).any() else None, y, classes
+
+    def _scores(self, parts: Parts) -> Measured:
+        seen = next(iter(parts.values())).seen
+        blocks, folds, y, of_targets = self._data(parts)
+        classes, why_no_null = _counts(of_targets), self._no_null(seen, self.shifts)
+        groups, shifts = self._groups(seen, len(y)), None
+        if not why_no_null and folds is not None:
+            shifts = circular_shifts(groups, self.shifts, seen.generator)
+        found = LogisticScores(blocks, y, classes, folds, self.C)
+        found.solve(shifts, keep="whole" if self.directions else "nothing")
+        raw, initial = self._spread(
+            self._remembered(parts, y, lambda given: LogisticScores(given, y, classes, folds, self.C).solve(None).mean),
+            parts,
+        )
         usable = ~torch.isin(found.reason, torch.tensor([1, 2, 3], dtype=torch.int8))  # of which it is the target
         null, p, null_reason = found.test(why_no_null)
         kinds = {
@@ -145,121 +183,11 @@ class LogisticProbe(LayerProbe):
         values = {score + kind: value[i].clone() for i, score in enumerate(SCORES) for kind, value in kinds.items()}
         values |= {"classes": classes.expand(len(blocks), -1).clone()}
         values |= {"reason": found.reason, "null_reason": null_reason}
+        if self.directions:
+            values["direction"] = padded([own[:, 0].movedim(-1, 0) for own in found.weights]).movedim(1, -1)
+            values["intercept"] = torch.stack([own[:, 0] for own in found.intercepts])
         return Measured(dict(values), {key: tuple(self.writes[key].split()) for key in values})
 
-    def _baselines(self, parts: Parts, y: Tensor, classes: Tensor, folds: Tensor | None) -> Tensor:
-        """Score the raw inputs and the initial networks, once for the same targets: ``[3, block, target]``."""
-        memo = next(iter(parts.values())).seen.memo
-        if "baselines" not in memo or not torch.equal(memo["baselines"][0], y):
-            raw, initial = self._baseline_blocks(parts)
-            memo["baselines"] = y, _Scores(raw + initial, y, classes, folds, self.C).solve(None).mean
-        mean: Tensor = memo["baselines"][1]
-        return mean
 
-
-class _Scores:
-    """Scores of many blocks on many targets: of like width and number of classes, solved in one batch.
-
-    What cannot be solved is put out of the way; ``reason`` says why, by the probe's legend.
-    """
-
-    def __init__(self, blocks: Sequence[Tensor], y: Tensor, classes: Tensor, folds: Tensor | None, c: float) -> None:
-        self._blocks, self._y, self._classes, self._folds, self._c = blocks, y, classes, folds, c
-        shape = 3, len(blocks), y.shape[1]
-        self.mean = torch.full(shape, torch.nan, dtype=torch.float64)
-        self.pooled = self.mean.clone()
-        self.shifted: Tensor | None = None  # [3, block, target, shift]
-        self._lost = torch.zeros(shape[1:], dtype=torch.bool)  # shifts that did not converge
-        finite = torch.stack([block.sum() for block in blocks]).isfinite().cpu()  # NaN and infinity survive a sum
-        widths = torch.tensor([block.shape[1] for block in blocks])
-        wide = (widths[:, None] + 1) * torch.where(classes > 2, classes, 1) > _MAX_COEFFICIENTS
-        self.reason = torch.where(wide, 5, torch.where(finite, 0, 4)[:, None])
-        self.reason[:, classes < 2] = 1
-        if folds is None:
-            self.reason[:] = 3
-        self.reason = self.reason.to(torch.int8)
-
-    def solve(self, shifts: Tensor | None) -> _Scores:
-        """Fit and score the targets, and the targets shifted."""
-        if shifts is not None:
-            self.shifted = torch.full((*self.mean.shape, len(shifts)), torch.nan, dtype=torch.float64)
-        for k in self._classes[self._classes > 1].unique().tolist():
-            of_k = (self._classes == k).nonzero()[:, 0]
-            for some in self._batches(of_k, k):
-                self._solve(some, of_k, k, shifts)
-        return self
-
-    def test(self, why_not: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the null of each score, p and why they are NaN: ``[3, block, target]`` twice, ``[block, target]``."""
-        missing = self.mean[0].isnan()
-        if self.shifted is None:
-            nan = torch.full_like(self.mean, torch.nan)
-            return nan, nan, torch.where(missing & (why_not == 0), 1, why_not).to(torch.int8)
-        sign = _BIGGER_IS_BETTER[:, None, None]
-        shifted, own = self.shifted * sign[..., None], self.mean * sign
-        count = shifted.shape[-1]
-        null = shifted.sort(-1).values[..., null_place(count)] * sign
-        p = (1 + (shifted >= own[..., None]).sum(-1)).double() / (count + 1)
-        reason = torch.where(missing, 1, torch.where(self._lost, 4, 0)).to(torch.int8)
-        kept = (reason == 0) & self.mean.isfinite()
-        return torch.where(kept, null, torch.nan), torch.where(kept, p, torch.nan), reason
-
-    def _batches(self, of_k: Tensor, k: int) -> Iterator[list[int]]:
-        """Gather blocks of like width, as many as fit into memory."""
-        alike: dict[int, list[int]] = {}
-        for i in (self.reason[:, of_k] == 0).any(1).nonzero()[:, 0].tolist():
-            alike.setdefault(max(64, 1 << (self._blocks[i].shape[1] - 1).bit_length()), []).append(i)
-        for blocks in alike.values():
-            width = 1 + max(self._blocks[i].shape[1] for i in blocks)
-            at_once = max(1, _NUMBERS // (self._fold_count * ((k if k > 2 else 1) * width) ** 2))
-            yield from (blocks[i : i + at_once] for i in range(0, len(blocks), at_once))
-
-    @property
-    def _fold_count(self) -> int:
-        return 1 if self._folds is None else int(self._folds.max()) + 1
-
-    def _solve(self, some: Sequence[int], of_k: Tensor, k: int, shifts: Tensor | None) -> None:
-        if self._folds is None:  # then no block is left to solve
-            return
-        design = LogisticDesign([self._blocks[i] for i in some], self._folds, self._c)
-        size = len(some) * len(self._y) * (k if k > 2 else 1) * (1 if shifts is None else len(shifts))
-        for targets in of_k.split(max(1, _NUMBERS // size)):
-            place = torch.tensor(some)[:, None], targets
-            y = self._y[:, targets].to(self._blocks[0].device)
-            fit = design.fit(y, k)
-            held_out = fit.held_out, y[..., None], self._folds, fit.fitted
-            mean, used = (value.cpu() for value in fold_scores(*held_out))
-            pooled = pooled_scores(*held_out).cpu()
-            failed = ~fit.converged.all(3).all(1).cpu()
-            reason = torch.where(used.all(0), 0, torch.where(used.any(0), 7, 2)).expand_as(failed)
-            reason = torch.where(failed, 6, reason).to(torch.int8)
-            scored = torch.isin(reason, torch.tensor([0, 7], dtype=torch.int8))
-            self.reason[place] = reason
-            self.mean[:, place[0], place[1]] = torch.where(scored, mean[..., 0], torch.nan)
-            self.pooled[:, place[0], place[1]] = torch.where(scored, pooled[..., 0], torch.nan)
-            if shifts is not None and self.shifted is not None:
-                fit = design.fit_shifted(y, k, shifts)
-                turned = y[shifts.to(y.device)].permute(1, 2, 0)
-                scores = fold_scores(fit.held_out, turned, self._folds, fit.fitted)[0].cpu()
-                self.shifted[:, place[0], place[1]] = torch.where(scored[..., None], scores, torch.nan)
-                self._lost[place] = ~fit.converged.all(3).all(1).cpu()
-
-
-def _classes(name: str, target: Tensor) -> Tensor:
-    """Return the classes of a target, in order.
-
-    Raises:
-        TargetError: they are no whole numbers or booleans, or too many.
-    """
-    if target.is_floating_point() or target.is_complex():
-        raise TargetError(
-            f"target {name!r} is {target.dtype}, and LogisticProbe tells classes apart: give whole numbers or "
-            "booleans, or use RidgeProbe for quantities"
-        )
-    classes = target.unique()
-    if len(classes) > _MAX_CLASSES:
-        raise TargetError(
-            f"target {name!r} has {len(classes)} classes, and LogisticProbe takes up to {_MAX_CLASSES}: group them, "
-            "or use RidgeProbe on them as quantities"
-        )
-    return classes
+def _counts(classes: list[Tensor]) -> Tensor:
+    return torch.tensor([len(own) for own in classes])

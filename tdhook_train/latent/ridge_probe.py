@@ -8,11 +8,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tdhook_train.errors import SettingsError
 from tdhook_train.hooks import HookedModel
+from tdhook_train.latent.fold_probes import FoldProbes
 from tdhook_train.latent.layer_probe import LayerProbe, null_place
-from tdhook_train.method import Parts, Seen
+from tdhook_train.method import Part, Parts, Seen
 from tdhook_train.ops.folds import circular_shifts
 from tdhook_train.ops.join import Labels, Measured
 from tdhook_train.ops.ridge import RidgeDesign, coefficients, constant
@@ -44,7 +46,8 @@ class RidgeProbe(LayerProbe):
             trajectories rows count as independent.
         alphas: penalties; the score is the best over them, for the data and for every shift alike.
         shifts: circular shifts behind the null; 39 give a one-sided test at 5 % (the null is the 38th of 39).
-        directions: also write what is read out, for :func:`tdhook_train.metrics.direction_cosine`, steering or erasure.
+        directions: also write what is read out, for :func:`tdhook_train.metrics.direction_cosine`, steering, erasure,
+            or to apply the probe elsewhere.
 
     Writes:
         ``r2`` [layer, target]: R², mean over folds, best penalty. ``r2_pooled``: R² of all held-out rows together, at
@@ -52,7 +55,8 @@ class RidgeProbe(LayerProbe):
         ``r2_initial``, ``r2_null``: the baselines and the null, in the shape of ``r2``; a baseline is NaN where its
         features are not finite, more than 4,096, or not known. ``p``: share of shifts that score at least as much,
         itself counted. ``reason``, ``null_reason``: why a NaN (see ``legend``). With ``directions``, ``direction``
-        [layer, target, unit]: the weights of the fit to all rows at the best penalty; NaN beyond the layer's width.
+        [layer, target, unit] and ``intercept`` [layer, target]: the fit to all rows at the best penalty, which predicts
+        ``x @ direction.mT + intercept``; NaN beyond the layer's width, and where there is no score.
 
     Source: Alain and Bengio 2016, arXiv:1610.01644; why a score needs a control: Hewitt and Liang 2019,
     arXiv:1909.03368.
@@ -69,6 +73,7 @@ class RidgeProbe(LayerProbe):
             "layer target",
         ),
         "direction": "layer target unit",
+        "intercept": "layer target",
     }
     shown: ClassVar[tuple[str, ...]] = ("r2", "r2_observation", "r2_initial", "r2_null")
     legend: ClassVar[Mapping[str, Mapping[int, str]]] = {
@@ -100,14 +105,7 @@ class RidgeProbe(LayerProbe):
 
     def _scores(self, parts: Parts) -> Measured:
         seen = next(iter(parts.values())).seen
-        rows = len(seen.batch)
-        blocks = self._blocks(parts, rows)
-        targets = columns(seen.batch, named(self.target), rows).values()
-        y = torch.stack([column.detach().double() for column in targets], 1).to(blocks[0].device)
-        folds = self._folds(seen, rows)
-        design = _Designs(blocks, folds, self)
-        of_layer = design.reasons[:, None]
-        reason = torch.where(of_layer > 0, of_layer, _target_reasons(y, folds))
+        design, folds, y, reason = self._posed(parts)
         usable = torch.where(y.isfinite().all(0), y, torch.zeros_like(y))
         path, pooled_path = design.score(usable)
         path = torch.where((reason == 0)[..., None], path.cpu(), torch.nan)
@@ -127,9 +125,38 @@ class RidgeProbe(LayerProbe):
             "null_reason": null_reason,
         }
         if self.directions:
-            fits = [coefficients(b, usable, alpha) for b, alpha in zip(design.solved, values["alpha"], strict=True)]
-            values["direction"] = padded(fits).mT
+            fits = [design.coefficients(i, usable, alpha) for i, alpha in enumerate(values["alpha"])]
+            values["direction"] = padded([weights for weights, _ in fits]).mT
+            values["intercept"] = torch.stack([intercepts for _, intercepts in fits])
         return Measured(dict(values), {key: tuple(self.writes[key].split()) for key in values})
+
+    def fold_probes(self, part: Part) -> FoldProbes:
+        """Return the probe of each fold on one network, at the best penalty; the scores are R²."""
+        design, folds, y, reason = self._posed({"": part})
+        usable = torch.where(y.isfinite().all(0), y, torch.zeros_like(y))
+        path = torch.where((reason == 0)[..., None], design.score(usable)[0].cpu(), torch.nan)
+        best = path.nan_to_num(-torch.inf).argmax(-1)
+        alphas = torch.where(reason == 0, torch.tensor(self.alphas, dtype=torch.float64)[best], torch.nan)
+        trains = [folds != fold for fold in range(int(folds.max()) + 1)]
+        weights, intercepts = [], []
+        for i, alpha in enumerate(alphas):
+            fits = [design.coefficients(i, usable, alpha, train) for train in trains]
+            weights.append(torch.stack([fit[0].mT for fit in fits], 1))
+            intercepts.append(torch.stack([fit[1] for fit in fits], 1))
+        score = path.gather(-1, best[..., None])[..., 0]
+        return FoldProbes(score, reason, folds, y.cpu(), weights, intercepts)
+
+    def _posed(self, parts: Parts) -> tuple[_Designs, Tensor, Tensor, Tensor]:
+        """Return the layers, folds, targets ``[n, target]``, and why something cannot be scored ``[layer, target]``."""
+        seen = next(iter(parts.values())).seen
+        rows = len(seen.batch)
+        blocks = self._blocks(parts, rows)
+        targets = columns(seen.batch, named(self.target), rows).values()
+        y = torch.stack([column.detach().double() for column in targets], 1).to(blocks[0].device)
+        folds = self._folds(seen, rows)
+        design = _Designs(blocks, folds, self)
+        of_layer = design.reasons[:, None]
+        return design, folds, y, torch.where(of_layer > 0, of_layer, _target_reasons(y, folds))
 
     def _null(self, seen: Seen, design: _Designs, y: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the null score, p and why it is NaN, each ``[layer, target]``."""
@@ -168,7 +195,7 @@ class _Designs:
         narrow = torch.tensor([block.shape[1] <= _MAX_WIDTH for block in blocks])
         self.reasons = torch.where(narrow, torch.where(finite, 0, 4), 5).to(torch.int8)
         solved = [b if not why else b.new_zeros(len(b), 1) for b, why in zip(blocks, self.reasons, strict=True)]
-        self.solved = solved
+        self._blocks, self._widths = solved, [block.shape[1] for block in blocks]
         batches: dict[int, list[int]] = {}
         for i, block in enumerate(solved):
             batches.setdefault(max(64, 1 << (block.shape[1] - 1).bit_length()), []).append(i)
@@ -186,6 +213,13 @@ class _Designs:
     def best(self, y: Tensor) -> Tensor:
         """R² averaged over folds at the best penalty, NaN for a block that was not solved: ``[block, target]``."""
         return torch.where(self.reasons[:, None] == 0, self.score(y)[0].amax(-1).cpu(), torch.nan)
+
+    def coefficients(self, block: int, y: Tensor, alphas: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the weights, ``[width, target]``, and intercepts of a fit to some rows; NaN where there is none."""
+        x = self._blocks[block]
+        rows = torch.ones(len(x), dtype=torch.bool) if rows is None else rows
+        weights, intercepts = coefficients(x[rows.to(x.device)], y[rows.to(y.device)], alphas)
+        return functional.pad(weights, (0, 0, 0, self._widths[block] - len(weights)), value=torch.nan), intercepts
 
     def _in_order(self, parts: Sequence[Tensor], axis: int) -> Tensor:
         if len(parts) == 1:

@@ -10,6 +10,7 @@ from tdhook_train.metrics.max_sensitivity import MaxSensitivity
 from tdhook_train.metrics.over_steps import attribution_stability, churn, direction_cosine, layer_similarity
 from tdhook_train.metrics.stability import Stability
 from tdhook_train.metrics.sufficiency import Sufficiency
+from tdhook_train.metrics.transfer import probe_transfer
 
 __all__ = [
     "Aopc",
@@ -25,4 +26,5 @@ __all__ = [
     "churn",
     "direction_cosine",
     "layer_similarity",
+    "probe_transfer",
 ]

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from tdhook_train.explain import Found
 from tdhook_train.explain.judged import Judged, in_one, repeatable
 from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.hooks.paths import module_at
 from tdhook_train.hooks.weighted import with_weights
-from tdhook_train.isolation import private_copy
+from tdhook_train.isolation import DrawnFrom, private_copy
 from tdhook_train.method import Seen
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.likeness import spearman
@@ -101,29 +100,12 @@ class CascadingRandomisation(Judged):
         return sorted((path for path, place in places.items() if place >= 0), key=places.__getitem__, reverse=True)
 
 
-class _Drawing(TorchDispatchMode):
-    """Let what is drawn meanwhile come from one seed: other threads may use the generators of the process."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._seed, self._generators = seed, dict[torch.device, torch.Generator]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if any(one.name == "generator" for one in func._schema.arguments):
-            device = next((value.device for value in args if isinstance(value, Tensor)), torch.device("cpu"))
-            if device not in self._generators:
-                self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-            kwargs["generator"] = self._generators[device]
-        return func(*args, **kwargs)
-
-
 @torch.no_grad()
 def _randomise(module: nn.Module, seed: int) -> None:
     """Make a module's own parameters as new, or put their numbers in a random order."""
     reset = getattr(module, "reset_parameters", None)
     if callable(reset):
-        with _Drawing(seed):
+        with DrawnFrom(seed):
             reset()
         return
     generator = torch.Generator().manual_seed(seed)

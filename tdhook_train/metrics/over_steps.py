@@ -6,15 +6,16 @@ counts. Steps that were measured on different data are not compared: NaN.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from tdhook_train.buffer.tables import package
-from tdhook_train.errors import KeyMissingError, SettingsError, did_you_mean
+from tdhook_train.errors import KeyMissingError, SettingsError
+from tdhook_train.metrics.by_step import Key, held_keys, rows_of
 from tdhook_train.ops.cka import Representations, thinned
+from tdhook_train.ops.divergence import flips, kl
 from tdhook_train.ops.likeness import by_size, cosine, jaccard
 
 if TYPE_CHECKING:
@@ -24,33 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["attribution_stability", "churn", "direction_cosine", "layer_similarity"]
 
-Key = str | tuple[str, ...]
 _ACTIVATION = "activation"
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """One key, a row a step."""
-
-    steps: list[int]
-    data: Tensor  # fingerprint of what was measured on
-    values: Tensor
-    dims: tuple[str, ...]  # without the network's name
-
-    @property
-    def same(self) -> Tensor:
-        """Which steps were measured on the same data: ``[step, step]``."""
-        return self.data[:, None] == self.data
-
-    @property
-    def kept(self) -> Tensor:
-        """Which neighbours were: ``[step - 1]``."""
-        return self.data[1:] == self.data[:-1]
-
-    def neighbours(self, needed: int = 2) -> None:
-        """Refuse fewer rows than can be compared."""
-        if len(self.steps) < needed:
-            raise SettingsError(f"a comparison over steps needs {needed} steps, got {len(self.steps)}")
 
 
 def layer_similarity(artifact: Artifact, *, rows: int = 2048) -> xr.DataArray:
@@ -74,10 +49,12 @@ def layer_similarity(artifact: Artifact, *, rows: int = 2048) -> xr.DataArray:
     """
     keys = [key for key in artifact.schema.columns if _ACTIVATION in key[:-1]]
     if not keys:
-        raise KeyMissingError(f"layer_similarity needs activations, as ActivationCache keeps them; {_there(artifact)}")
+        raise KeyMissingError(
+            f"layer_similarity needs activations, as ActivationCache keeps them; {held_keys(artifact)}"
+        )
     found, labels = [], []
     for key in keys:
-        read = _read(artifact, key)
+        read = rows_of(artifact, key)
         value = read.values.flatten(2) if read.values.ndim > 2 else read.values[..., None]
         kept = [thinned(one, rows) for one in value]
         similarity, _ = Representations(kept, [value.shape[1]] * len(kept)).among()
@@ -92,17 +69,19 @@ def direction_cosine(artifact: Artifact, key: Key = "direction") -> xr.DataArray
     Directions live in the coordinates of their layer: a layer that turns turns them, with nothing else changed.
 
     Args:
-        artifact: of a ``RidgeProbe(directions=True)``, or of a direction between two sides.
+        artifact: of a ``RidgeProbe(directions=True)`` or ``LogisticProbe(directions=True)``, or of a direction between
+            two sides.
         key: what holds the directions, along its last dimension; NaN beyond the width of a layer. Of two sides
             ``("direction", layer)``.
 
     Returns:
-        ``[layer, target, step, other]`` (of two sides ``[step, other]``); NaN where a direction is 0 or was not fitted.
+        ``[layer, target, step, other]``, of classes with a dimension ``class`` behind ``target``, of two sides
+        ``[step, other]``; NaN where a direction is 0 (the first of two classes) or was not fitted.
 
     Raises:
         KeyMissingError: the artifact holds no directions.
     """
-    read = _read(artifact, key)
+    read = rows_of(artifact, key)
     values = read.values.double().nan_to_num(0.0).movedim(0, -2)  # [..., step, unit]
     length = torch.linalg.vector_norm(values, dim=-1)
     units = values / torch.where(length > 0, length, torch.nan)[..., None]
@@ -129,7 +108,7 @@ def attribution_stability(artifact: Artifact, key: Key, *, top: int = 10) -> xr.
     """
     if top < 1:
         raise SettingsError(f"attribution_stability needs top of 1 or more, got {top}")
-    read = _read(artifact, key)
+    read = rows_of(artifact, key)
     read.neighbours()
     outer = [i for i, dim in enumerate(read.dims, 1) if dim in ("batch", "target")]
     if not outer or read.dims[0] != "batch":
@@ -166,39 +145,16 @@ def churn(artifact: Artifact, key: Key, *, outputs: Literal["logits", "values"] 
     """
     if outputs not in ("logits", "values"):
         raise SettingsError(f"outputs={outputs!r} is neither 'logits' nor 'values'")
-    read = _read(artifact, key)
+    read = rows_of(artifact, key)
     read.neighbours()
     values = read.values.double()
     before, after = values[:-1], values[1:]
     found = {"moved": (after - before).abs().flatten(1).mean(1)}
     if outputs == "logits":
-        p, q = before.log_softmax(-1), after.log_softmax(-1)
-        found["changed"] = (before.argmax(-1) != after.argmax(-1)).double().flatten(1).mean(1)
-        found["kl"] = (p.exp() * (p - q)).sum(-1).flatten(1).mean(1)
+        found["changed"] = flips(before, after).flatten(1).mean(1)
+        found["kl"] = kl(before, after).flatten(1).mean(1)
     found = {name: _where(read.kept, value) for name, value in found.items()}
     return _dataset(found, ("step",), {"step": read.steps[1:]})
-
-
-def _read(artifact: Artifact, key: Key) -> _Rows:
-    if artifact.runs:
-        raise SettingsError("a comparison over steps is of one run; open the runs that were merged one by one")
-    dims = tuple(dim.rsplit(".", 1)[-1] for dim in artifact.dims(key))  # refuses a key that is not there
-    rows = artifact.between(keys=[key, ("meta", "step"), ("meta", "data")])
-    steps = rows["meta", "step"]
-    last = torch.cat([steps[1:] != steps[:-1], torch.ones(1, dtype=torch.bool)])[-len(steps) :]
-    rows = rows[last] if len(steps) else rows
-    return _Rows(rows["meta", "step"].tolist(), rows["meta", "data"], rows[_known(artifact, key)], dims)
-
-
-def _known(artifact: Artifact, key: Key) -> tuple[str, ...]:
-    """Return a key in full, where it was given with dots."""
-    whole = (key,) if isinstance(key, str) else tuple(key)
-    return next((one for one in artifact.schema.columns if one == whole or ".".join(one) == key), whole)
-
-
-def _there(artifact: Artifact) -> str:
-    keys = (".".join(key) for key in artifact.schema.columns if key[0] != "meta")
-    return did_you_mean("", keys).removeprefix("; ")
 
 
 def _where(kept: Tensor, value: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from tdhook_train.explain.judged import Judged, counted, in_one
 from tdhook_train.hooks import HookedModel
 from tdhook_train.keys import path_of
 from tdhook_train.method import Seen
-from tdhook_train.ops.fingerprint import fingerprint
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.likeness import cosine, cosine_by_chance, jaccard, spearman, varied
+from tdhook_train.seen import inputs_hash, row_before
 
 __all__ = ["Stability"]
 
@@ -77,7 +77,7 @@ class Stability(Judged):
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Compare the shares of all inputs together, or of each layer."""
-        shares, inputs = self.shares(seen, model), self._inputs(seen, model)
+        shares, inputs = self.shares(seen, model), inputs_hash(seen, model)
         before = self._before(seen, model, shares, inputs)
         found = TensorDict({"inputs": inputs})
         for first, sites in self.places(shares):
@@ -87,16 +87,9 @@ class Stability(Judged):
             found["attr", *path_of(site)] = value if self.of._many else value[:, 0]
         return found
 
-    def _inputs(self, seen: Seen, model: HookedModel) -> Tensor:
-        """Hash what the network was run on, once a probe set."""
-        known = ("inputs", model.name)
-        if known not in seen.memo:
-            seen.memo[known] = fingerprint(TensorDict({key: seen.batch.get(key) for key in model.in_keys}))
-        return torch.tensor(seen.memo[known])
-
     def _before(self, seen: Seen, model: HookedModel, shares: Point, inputs: Tensor) -> Point | None:
         """Return the shares at the tick before; None where that was not on this batch."""
-        row = seen.previous if seen.previous is None or not model.name else seen.previous.get(model.name, None)
+        row = row_before(seen, model)
         if row is None or "inputs" not in row or int(row["inputs"]) != int(inputs):
             return None
         found: Point = {}

@@ -6,9 +6,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["SCORES", "class_scores", "fold_scores", "pooled_scores"]
+from tdhook_train.errors import TargetError
+
+__all__ = ["MAX_CLASSES", "SCORES", "areas", "class_scores", "classes_of", "fold_scores", "pooled_scores", "recalls"]
 
 SCORES = ("balanced_accuracy", "auc", "log_loss")
+MAX_CLASSES = 64
+
+
+def classes_of(name: str, target: Tensor, whose: str) -> Tensor:
+    """Return the classes of a target, in order.
+
+    Args:
+        name: of the target.
+        target: a class of each row, ``[n]``.
+        whose: the method that asks.
+
+    Raises:
+        TargetError: they are no whole numbers or booleans, or more than 64.
+    """
+    if target.is_floating_point() or target.is_complex():
+        raise TargetError(
+            f"target {name!r} is {target.dtype}, and {whose} tells classes apart: give whole numbers or booleans, or "
+            "use a probe for quantities, such as RidgeProbe"
+        )
+    classes = target.unique()
+    if len(classes) > MAX_CLASSES:
+        raise TargetError(
+            f"target {name!r} has {len(classes)} classes, and {whose} takes up to {MAX_CLASSES}: group them, or take "
+            "them as quantities, with a probe such as RidgeProbe"
+        )
+    return classes
 
 
 def fold_scores(logits: Tensor, y: Tensor, folds: Tensor, fitted: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,10 +99,27 @@ def class_scores(logits: Tensor, y: Tensor) -> Tensor:
     else:
         loss = functional.softplus(torch.where(y.bool(), -logits[..., 0], logits[..., 0]))
         found, ranked, of = (logits[..., 0] > 0) == y.bool(), logits, hot[..., 1:]
-    counts = hot.sum(0)
-    recall = torch.einsum("bnts,ntsc->btsc", found.to(hot), hot) / counts
-    areas = torch.stack([_area(ranked[..., k], of[..., k]) for k in range(of.shape[-1])], -1)
-    return torch.stack([recall.nanmean(-1), areas.nanmean(-1), loss.double().mean(1)]).double()
+    return torch.stack([recalls(found, hot), areas(ranked, of), loss.double().mean(1)]).double()
+
+
+def recalls(found: Tensor, hot: Tensor) -> Tensor:
+    """Return the balanced accuracy: the mean over classes present of the share of their rows that is found.
+
+    Args:
+        found: whether a row was put in its own class, ``[b, n, t, s]``.
+        hot: whether a row lies in a class, 0 or 1, ``[n, t, s, c]``.
+    """
+    return (torch.einsum("bnts,ntsc->btsc", found.to(hot), hot) / hot.sum(0)).nanmean(-1)
+
+
+def areas(ranked: Tensor, hot: Tensor) -> Tensor:
+    """Return the mean over classes present of the area under the ROC curve of each against the rest.
+
+    Args:
+        ranked: what puts the rows in the order of a class, ``[b, n, t, s, c]``.
+        hot: whether a row lies in that class, 0 or 1, ``[n, t, s, c]``.
+    """
+    return torch.stack([_area(ranked[..., k], hot[..., k]) for k in range(hot.shape[-1])], -1).nanmean(-1)
 
 
 def _area(score: Tensor, hot: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Cross-validated logistic regression by Newton's method, many feature blocks, folds and targets at once.
 
-The loss of a fold is Σ log-loss over its training rows + ‖w‖² / 2C. Blocks are zero-padded to a common width, which
-changes nothing: the penalty holds the weights of a column of zeros at zero. The fit to all rows gives every fold a
-start and, less what its own rows add, a first Hessian.
+The loss of a fit is Σ log-loss over its training rows + ‖w‖² / 2C. Blocks are zero-padded to a common width, which
+changes nothing: the penalty holds the weights of a column of zeros at zero. The rows lie in parts, and a fit trains on
+some of the parts: all but one (cross-validation), those before one (prefixes), all. The fit to all rows gives every
+other a start and, as the sum of what its parts add, a first Hessian.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ __all__ = ["Fit", "LogisticDesign"]
 
 @dataclass(frozen=True)
 class Fit:
-    """What was fitted for ``b`` blocks, ``f`` folds, ``t`` targets and ``s`` shifts.
+    """What was fitted for ``b`` blocks, ``f`` fits, ``t`` targets and ``s`` shifts.
 
     Args:
-        held_out: logits of every row from the fold that holds it out, ``[b, n, t, s, k]``, rows as they were given;
-            k is 1 for two classes (the logit of the second), otherwise the number of classes.
+        held_out: logits of the rows of each part from the fit of its number, ``[b, n, t, s, k]``, rows as they were
+            given; k is 1 for two classes (the logit of the second), otherwise the number of classes.
         weights: ``[b, f, t, s, k, d]``, on the features as they were given.
         intercepts: ``[b, f, t, s, k]``.
-        fitted: ``[f, t]``: whether the training rows of a fold hold every class; otherwise nothing is fitted.
+        fitted: ``[f, t]``: whether the training rows of a fit hold every class; otherwise nothing is fitted.
         converged: ``[b, f, t, s]``, true where nothing is fitted.
     """
 
@@ -44,11 +45,13 @@ class LogisticDesign:
 
     Args:
         blocks: features, each ``[n, width]``.
-        folds: fold of each row, ``[n]``, every fold from 0 to K-1 present.
+        folds: part of each row, ``[n]``, every part from 0 to K-1 present.
         c: weight of the loss against ½‖w‖²; the intercept is not penalised.
+        trains: which parts each fit trains on, ``[fit, part]``, a fit for each part or more; all parts but its own by
+            default.
     """
 
-    def __init__(self, blocks: Sequence[Tensor], folds: Tensor, c: float) -> None:
+    def __init__(self, blocks: Sequence[Tensor], folds: Tensor, c: float, trains: Tensor | None = None) -> None:
         device = blocks[0].device
         self.order = torch.argsort(folds, stable=True).to(device)
         self.sizes: list[int] = torch.bincount(folds).tolist()
@@ -68,13 +71,14 @@ class LogisticDesign:
         self._x[..., -1] = 1
         self._scale[self._scale == 0] = 1
         self._penalty = functional.pad(1 / (c * self._scale.square()), (0, 1))
-        in_fold = functional.one_hot(folds.to(device)[self.order], len(self.sizes))
-        self._train = (1 - in_fold).double()  # [n, f]
+        in_part = functional.one_hot(folds.to(device)[self.order], len(self.sizes)).double()
+        self._trains = (1 - torch.eye(len(self.sizes)) if trains is None else trains).to(in_part)  # [f, part]
+        self._train = in_part @ self._trains.T  # [n, f]
         self._single = self._x.float()
-        self._gram = torch.stack([x.mT @ x for x in self._single.split(self.sizes, 1)], 1)  # [b, f, d, d]
+        self._gram = torch.stack([x.mT @ x for x in self._single.split(self.sizes, 1)], 1)  # [b, part, d, d]
 
     def fit(self, y: Tensor, classes: int) -> Fit:
-        """Fit every fold of every block to every target, to convergence in float64.
+        """Fit every training set of every block to every target, to convergence in float64.
 
         Args:
             y: number of each row's class, ``[n, t]``, each number from 0 to ``classes`` - 1 present.
@@ -87,9 +91,9 @@ class LogisticDesign:
         start = _intercepts(rough, len(self._x))
         whole, _ = solve(rough, start, factor_of(self._at_rest(rough, self._gram.sum(1, keepdim=True))), START)
         whole = torch.where(whole.isfinite(), whole, start)
-        parts = rough.hessians_of_parts(whole, self.sizes)
-        factor = factor_of(rough.penalised((parts.sum(0) - parts).movedim(0, 1)))  # [b, f, t, ·, ·]
-        whole = whole.double().expand(-1, len(self.sizes), -1, -1, -1, -1).clone()
+        parts = rough.hessians_of_parts(whole, self.sizes).movedim(0, 1)
+        factor = factor_of(rough.penalised(self._trained(parts)))  # [b, f, t, ·, ·]
+        whole = whole.double().expand(-1, len(self._trains), -1, -1, -1, -1).clone()
         w, distance = solve(problem, whole, factor.double(), EXACT)
         return self._fit(w, problem.fitted, distance < NEAR)
 
@@ -106,7 +110,7 @@ class LogisticDesign:
         """
         turned = y[shifts[:, self.order.to(shifts.device)].to(y.device)]  # [s, n, t]
         hot = _one_hot(turned.permute(1, 2, 0), classes)
-        train = self._gram.sum(1, keepdim=True) - self._gram
+        train = self._trained(self._gram)
         for dtype in (torch.float32, torch.float64):  # where single precision will not do
             problem = self._problem(hot.to(dtype))
             start = _intercepts(problem, len(self._x))
@@ -122,13 +126,17 @@ class LogisticDesign:
         x, train = self._x_in(y.dtype), self._train.to(y.dtype)
         parts = zip(y.flatten(1).split(self.sizes), x.split(self.sizes, 1), strict=True)
         pull = torch.stack([a.mT @ b for a, b in parts], 1)
-        pull = pull.sum(1, keepdim=True) - (0 if all_rows else pull)
+        pull = pull.sum(1, keepdim=True) if all_rows else self._trained(pull)
         rows = torch.ones_like(train[:, :1]) if all_rows else train
         counts = torch.einsum("nf,ntk->ftk", rows, y[:, :, 0])
         if y.shape[-1] == 1:
             counts = torch.cat([counts, rows.sum(0)[:, None, None] - counts], -1)
         pull = pull.unflatten(2, y.shape[1:])
         return LogisticProblem(x, y, rows, self._penalty.to(y.dtype), (counts > 0.5).all(-1), pull)
+
+    def _trained(self, parts: Tensor) -> Tensor:
+        """Add up what the parts of each fit contribute: ``[b, part, ...]`` to ``[b, f, ...]``."""
+        return torch.tensordot(self._trains.to(parts.dtype), parts, ([1], [1])).movedim(0, 1)
 
     def _x_in(self, dtype: torch.dtype) -> Tensor:
         return self._single if dtype == torch.float32 else self._x
@@ -142,7 +150,7 @@ class LogisticDesign:
 
     def _fit(self, w: Tensor, fitted: Tensor, near: Tensor) -> Fit:
         x = self._x_in(w.dtype).split(self.sizes, 1)
-        logits = [(part @ w[:, f].flatten(1, 3).mT).unflatten(-1, w.shape[2:-1]) for f, part in enumerate(x)]
+        logits = [(part @ w[:, i].flatten(1, 3).mT).unflatten(-1, w.shape[2:-1]) for i, part in enumerate(x)]
         held_out = torch.cat(logits, 1)[:, self.order.argsort()]
         weights = w[..., :-1] / self._scale[:, None, None, None, None].to(w.dtype)
         moved = (weights * self._mean[:, None, None, None, None].to(w.dtype)).sum(-1)

@@ -16,7 +16,7 @@ from tdhook_train.errors import SettingsError, TargetError
 from tdhook_train.keys import dotted, split_key
 from tdhook_train.ops.targets import read
 
-__all__ = ["Kl", "LogProb", "LogitDifference", "NegativeLoss", "NormalLogProb", "TanhNormalLogProb"]
+__all__ = ["Kl", "LogProb", "LogitDifference", "LogitGap", "NegativeLoss", "NormalLogProb", "TanhNormalLogProb"]
 
 _EDGE = 1e-6
 
@@ -160,6 +160,32 @@ class LogitDifference(_Objective):
         if not -count <= number < count:
             raise TargetError(f"there are classes 0 to {count - 1}, not {number}")
         return logits[..., number]
+
+
+@dataclass(frozen=True)
+class LogitGap(_Objective):
+    """How clearly a network decides for an action: its logit less the largest of the others'; above 0 where it wins.
+
+    Args:
+        action: key of the batch with the number of each row's action, or with ones at it, as of :class:`LogProb`.
+        logits: key of the output, ``[row, action]``, two or more.
+    """
+
+    action: NestedKey = "action"
+    logits: NestedKey = "logits"
+
+    reads: ClassVar[tuple[str, ...]] = ("logits",)
+    holds: ClassVar[tuple[str, ...]] = ("action",)
+
+    def __call__(self, td: TensorDictBase) -> Tensor:
+        """Return it for each row."""
+        logits, action = read(td, self.logits), read(td, self.action).detach()
+        if logits.shape[-1] < 2:
+            raise TargetError(f"{dotted(self.logits)!r} has one action, and LogitGap holds one against others")
+        chosen = _chosen(logits, action, self.action)
+        number = action.int().argmax(-1) if action.shape == logits.shape else action.view_as(chosen)
+        taken = F.one_hot(number.long(), logits.shape[-1]).bool()
+        return chosen - logits.masked_fill(taken, -torch.inf).amax(-1)
 
 
 @dataclass(frozen=True)

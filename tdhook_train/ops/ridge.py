@@ -157,7 +157,7 @@ class RidgeDesign:
         return torch.cat(errors, 2).movedim(2, 0) + moments.test[some, None]
 
 
-def coefficients(x: Tensor, y: Tensor, alphas: Tensor) -> Tensor:
+def coefficients(x: Tensor, y: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
     """Fit every target to all rows, each at its own penalty.
 
     Args:
@@ -166,12 +166,13 @@ def coefficients(x: Tensor, y: Tensor, alphas: Tensor) -> Tensor:
         alphas: ``[target]``; NaN gives NaN.
 
     Returns:
-        Weights, ``[width, target]``, float64, on the CPU.
+        Weights, ``[width, target]``, and intercepts, ``[target]``, float64, on the CPU.
     """
-    x = x.double() - x.double().mean(0)
+    mean, x = x.double().mean(0), x.double() - x.double().mean(0)
     values, vectors = torch.linalg.eigh(x.mT @ x)
     along = vectors.mT @ (x.mT @ (y - y.mean(0)))
-    return (vectors @ (along / (values.clamp(min=0)[:, None] + alphas.to(x)))).cpu()
+    weights = vectors @ (along / (values.clamp(min=0)[:, None] + alphas.to(x)))
+    return weights.cpu(), (y.mean(0) - mean @ weights).cpu()
 
 
 def constant(y: Tensor) -> Tensor:

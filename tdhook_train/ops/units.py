@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdhook_train.errors import GroupsError
 
-__all__ = ["as_rows", "by_row", "dormancy", "evenly_spaced", "held", "padded"]
+__all__ = ["as_rows", "by_row", "dormancy", "evenly_spaced", "held", "padded", "pooled"]
 
 
 def held(value: Tensor, units: Sequence[int], to: Tensor | float | Sequence[float], axis: int) -> Tensor:
@@ -49,10 +49,21 @@ def by_row(value: Tensor, batch: Sequence[int], axes: tuple[int, int], where: st
 
 
 def dormancy(value: Tensor, axis: int = -1) -> Tensor:
-    """Score the units of an activation: ``E|h_i| / mean_k E|h_k|``; 0 everywhere in one that is all zero."""
+    """Score the units of an activation: ``E|h_i| / mean_k E|h_k|``; 0 in one that is all zero, NaN in no finite one."""
     rows = as_rows(value, axis)
     activity = torch.linalg.vector_norm(rows, ord=1, dim=0) / len(rows)
-    return activity / activity.mean() if activity.any() else torch.zeros_like(activity)
+    mean = activity.mean()
+    if not mean.isfinite():
+        return torch.full_like(activity, torch.nan)  # beside an infinite unit all others would seem asleep
+    return activity / mean if mean > 0 else torch.zeros_like(activity)
+
+
+def pooled(shares: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
+    """Return the share of all units, from the shares ``[...]`` of layers; those whose share is NaN are left out."""
+    share = torch.stack(list(shares))
+    width = torch.tensor(widths, dtype=share.dtype, device=share.device).view(-1, *[1] * (share.ndim - 1))
+    known = share.isfinite()
+    return (share * width).where(known, 0.0).sum(0) / (width * known).sum(0)  # NaN where no layer is known
 
 
 def padded(values: Sequence[Tensor], fill: float = torch.nan) -> Tensor:

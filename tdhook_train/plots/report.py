@@ -14,7 +14,17 @@ from tdhook_train.plots import png, provenance
 from tdhook_train.plots.one_run import by_run
 from tdhook_train.plots.onsets import main_onsets
 from tdhook_train.plots.page import page
-from tdhook_train.plots.sections import ablation, attribution, cost, health, patching, probe, saliency, similarity
+from tdhook_train.plots.sections import (
+    ablation,
+    attribution,
+    cost,
+    health,
+    others,
+    patching,
+    probe,
+    saliency,
+    similarity,
+)
 from tdhook_train.plots.sections import training as curve
 from tdhook_train.plots.sections.section import Section
 from tdhook_train.plots.several import together
@@ -131,6 +141,7 @@ def _sections(buffer: ArtifactBuffer, training: pd.DataFrame | None, facts: Mapp
         ablation.section(buffer, noted),
         similarity.section(buffer, noted),
         health.section(buffer, noted),
+        others.section(buffer, noted),
         cost.section(buffer, training, noted),
         provenance.section(buffer, facts),
     ]

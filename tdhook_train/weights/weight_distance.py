@@ -15,6 +15,7 @@ from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.hooks.weighted import with_weights
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.join import Labels
+from tdhook_train.seen import row_before
 
 __all__ = ["WeightDistance"]
 
@@ -79,7 +80,7 @@ class WeightDistance(Method):
         if "initial" in self.to:
             found |= _compared(now, None if seen.initial is None else self._vectors(seen.initial), "initial")
         if "previous" in self.to:
-            row = seen.previous if seen.previous is None or not model.name else seen.previous.get(model.name, None)
+            row = row_before(seen, model)
             before = None if row is None else {layer: row.get(("parameters", layer), None) for layer in now}
             known = before is not None and all(value is not None for value in before.values())
             found |= _compared(now, before if known else None, "previous")

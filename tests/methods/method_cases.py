@@ -4,12 +4,19 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from method_env import Answering
+from sklearn.cluster import KMeans
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LinearRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
 from tensordict import TensorDict
 from torch import nn
 
-from tdhook_train import Method, attribution, health, latent, metrics, weights
+from tdhook_train import Method, attribution, circuits, health, latent, metrics, weights
 from tdhook_train.attribution import (
     LRP,
     ActivationMaximisation,
@@ -38,14 +45,33 @@ from tdhook_train.attribution import (
     Tcav,
     VarGrad,
 )
-from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, ReDo
+from tdhook_train.circuits import RelP
+from tdhook_train.health import (
+    Churn,
+    DeadUnits,
+    DormantUnits,
+    EffectiveRank,
+    FeatureRank,
+    GradientCovariance,
+    GradientNorms,
+    ReDo,
+    SRank,
+    StableRank,
+    TargetFitPlasticity,
+    ValueCalibration,
+)
 from tdhook_train.latent import (
     Ablate,
     ActivationAddition,
     ActivationCache,
     ActivationPatching,
+    AttentionPatterns,
+    AttentionRollout,
+    AttributionPatching,
+    BilinearProbe,
     Cav,
     Cka,
+    ControlTask,
     DirectionEdit,
     Erase,
     GradientDirection,
@@ -53,9 +79,16 @@ from tdhook_train.latent import (
     Leace,
     LogisticDirection,
     LogisticProbe,
+    LogitLens,
+    MaxActivating,
+    MdlProbe,
     MeanDifferenceDirection,
+    MeanDifferenceProbe,
+    ProbeTransfer,
     RidgeProbe,
+    SklearnProbe,
     SteeringVectors,
+    TunedLens,
 )
 from tdhook_train.metrics import (
     Aopc,
@@ -71,7 +104,7 @@ from tdhook_train.metrics import (
 from tdhook_train.rl import AblatedReturn
 from tdhook_train.weights import WeightDistance
 
-FAMILIES = (attribution, health, latent, metrics, weights)
+FAMILIES = (attribution, circuits, health, latent, metrics, weights)
 EXPORTED = [getattr(family, name) for family in FAMILIES for name in family.__all__]
 PUBLIC = {one for one in EXPORTED if isinstance(one, type) and issubclass(one, Method)}  # others are functions
 PUBLIC |= {AblatedReturn}  # outside the families, since it needs TorchRL
@@ -90,8 +123,24 @@ class Case:
         return self.make(**self.settings)
 
 
+class Attending(nn.Module):
+    """Attention among the features of a row, in the place of an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.MultiheadAttention(1, 1, batch_first=True)
+
+    def forward(self, x):
+        parts = x.unsqueeze(-1)
+        return self.heads(parts, parts, parts, need_weights=False)[0].squeeze(-1)
+
+
 def double(_layer, output):
     return output * 2
+
+
+def nearest(td):
+    return td["input"].round()
 
 
 def above_zero(td):
@@ -103,6 +152,18 @@ MASKED_NOT = {"baseline": ["zeros"], "unit": ["word"], "by": ["size"], "orders":
 FIVE = ((1.0,) * 5, (0.2,) * 5, (0.0,) * 5)
 TWO = {"targets": [("output", 0), ("output", 1)], "rows": 6}
 DIRECTIONS = frozenset({("direction", "0"), ("direction", "1"), "separation", "accuracy", "auc", "reason"})
+PATCHED = frozenset({"effect", "normalised", "gap", "unit_effect", "unit_normalised"})
+AGREEMENT = {"agreement", "agreement_overall", "top_layer", "top_part", "top_estimate", "top_exact"}
+PAIRED_NOT = {
+    "pairs": [1],
+    "targets": [(0,)],
+    "parts": [(), "head", "neuron"],
+    "heads": [2],
+    "side": ["inputs"],
+    "by": ["median"],
+    "way": ["back"],
+    "max_bytes": [0],
+}
 AB = {"groups": {"a": [0], "b": [1, 2]}}
 
 
@@ -471,10 +532,43 @@ CASES = (
     ),
     Case(
         LogisticProbe,
-        {"layers": ("0", "1"), "target": {"x": above_zero, "late": "late"}, "folds": 3, "shifts": 5},
+        {
+            "layers": ("0", "1"),
+            "target": {"x": above_zero, "late": "late"},
+            "folds": 3,
+            "shifts": 5,
+            "directions": True,
+        },
         {"C": 10.0},
         {"folds": [1], "C": [0.0, -1.0, float("inf"), float("nan")], "shifts": [-1], "target": [(0,)]},
         frozenset(LogisticProbe.writes),
+    ),
+    Case(
+        BilinearProbe,
+        {"layers": ("0", "1"), "target": {"x": ("input", 0), "y": "y"}, "folds": 3, "shifts": 5},
+        {"right": "1"},
+        {
+            "folds": [1],
+            "shifts": [-1],
+            "target": [(0,)],
+            "alphas": [(), (0.0,), (float("nan"),)],
+            "rank": [0],
+            "right": [("0", "1")],
+        },
+        frozenset(BilinearProbe.writes),
+    ),
+    Case(
+        MeanDifferenceProbe,
+        {
+            "layers": ("0", "1"),
+            "target": {"x": above_zero, "late": "late"},
+            "folds": 3,
+            "shifts": 5,
+            "directions": True,
+        },
+        {"folds": 4},
+        {"folds": [1], "shifts": [-1], "target": [(0,)]},
+        frozenset(MeanDifferenceProbe.writes),
     ),
     Case(
         RidgeProbe,
@@ -484,11 +578,69 @@ CASES = (
         frozenset(RidgeProbe.writes),
     ),
     Case(
+        SklearnProbe,
+        {
+            "layers": ("0", "1"),
+            "target": {"x": above_zero, "late": "late"},
+            "folds": 3,
+            "shifts": 2,
+            "estimator": make_pipeline(StandardScaler(), RandomForestClassifier(2)),
+        },
+        {"estimator": make_pipeline(StandardScaler(), RandomForestClassifier(3))},
+        {
+            "folds": [1],
+            "shifts": [-1],
+            "target": [(0,)],
+            "estimator": [None, LinearRegression, KMeans(), LinearSVC(random_state=np.random.RandomState(0))],
+        },
+        frozenset(key for key in SklearnProbe.writes if key != "p" and not key.startswith("r2")),
+    ),
+    Case(
+        ControlTask,
+        {"of": LogisticProbe(target={"x": above_zero, "late": "late"}, folds=3, shifts=0), "types": nearest},
+        {"seed": 1},
+        {"of": [None, DeadUnits()], "types": [["late", "y"], {"a": "y"}, (0,)]},
+        frozenset(LogisticProbe.writes) - {"direction", "intercept"}
+        | {"balanced_accuracy_control", "selectivity", "reason_control"},
+    ),
+    Case(
+        MdlProbe,
+        {"layers": ("0", "1"), "target": {"x": above_zero, "late": "late"}},
+        {"seed": 1},
+        {
+            "portions": [(), (100.0,), (50.0, 25.0, 100.0), (50.0, 90.0), (0.0, 100.0), (float("nan"), 100.0)],
+            "C": [0.0, float("nan")],
+            "target": [(0,)],
+        },
+        frozenset(MdlProbe.writes),
+    ),
+    Case(
+        ProbeTransfer,
+        {"of": LogisticProbe(target={"x": above_zero, "late": "late"}, folds=3), "rows": 30},
+        {"rows": None},
+        {"of": [None, DeadUnits()], "rows": [0]},
+        frozenset(ProbeTransfer.writes) - {"activation"} | {("activation", layer) for layer in "012"},
+    ),
+    Case(
         ActivationPatching,
-        {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6},
+        {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6, "way": "both"},
         {"pairs": 4},
-        {"pairs": [1], "targets": [(0,)]},
-        frozenset(ActivationPatching.writes),
+        PAIRED_NOT | {"by": ["median", "mean"], "counterfactual": ["late"], "decision": ["output"]},
+        frozenset(f"{key}{way}" for key in PATCHED - {"gap"} for way in ("", "_denoise")) | {"gap"},
+    ),
+    Case(
+        AttributionPatching,
+        {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6},
+        {"sample": 4},
+        PAIRED_NOT | {"sample": [-1], "verify": [-1]},
+        PATCHED | AGREEMENT,
+    ),
+    Case(
+        RelP,
+        {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6},
+        {"attention": "gradient"},
+        PAIRED_NOT | {"sample": [-1], "verify": [-1], "attention": ["softmax", None]},
+        PATCHED | AGREEMENT,
     ),
     Case(
         DormantUnits,
@@ -530,6 +682,41 @@ CASES = (
         ),
     ),
     Case(
+        GradientCovariance,
+        {"targets": [("output", 0), ("output", 1)], "layers": ("0", "2"), "rows": 6},
+        {"max_bytes": 100},
+        {"rows": [0], "max_bytes": [0], "targets": [[(0,)]]},
+        frozenset(GradientCovariance.writes),
+    ),
+    Case(
+        GradientNorms,
+        {"targets": [("output", 0), ("output", 1)], "layers": ("0", "2"), "rows": 6},
+        {"rows": 5},
+        {"rows": [0], "targets": [[(0,)]]},
+        frozenset({*GradientNorms.writes, ("gradient", "0"), ("gradient", "2")} - {"gradient"}),
+    ),
+    Case(
+        TargetFitPlasticity,
+        {"draws": 2, "steps": 2, "rows": 10},
+        {"lr": 0.1},
+        {
+            "draws": [0],
+            "steps": [0],
+            "rows": [0],
+            "lr": [0.0, float("nan"), float("inf")],
+            "fresh": ["new"],
+            "output": [(0,), above_zero],
+        },
+        frozenset(TargetFitPlasticity.writes),
+    ),
+    Case(
+        ValueCalibration,
+        {"values": ("output", 0), "returns": "y"},
+        {"values": ("output", 1)},
+        {"values": [(0,)], "returns": [(0,)]},
+        frozenset(ValueCalibration.writes),
+    ),
+    Case(
         WeightDistance,
         {"layers": ("0", "2"), "to": ("initial", "previous")},
         {"to": "initial"},
@@ -542,6 +729,65 @@ CASES = (
         ),
     ),
     Case(EffectiveRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(EffectiveRank.writes)),
+    Case(
+        Churn,
+        {"logits": "output", "values": ("output", 0), "rows": 6},
+        {"rows": 5},
+        {"rows": [0], "loc": ["loc"], "logits": [(0,)]},
+        frozenset({*Churn.writes, ("churn_outputs", "logits"), ("churn_outputs", "values")} - {"churn_outputs"}),
+    ),
+    Case(StableRank, {"layers": ("0", "1")}, {"layers": "0"}, {}, frozenset(StableRank.writes)),
+    Case(
+        SRank,
+        {"layers": ("0", "1")},
+        {"delta": 0.1},
+        {"delta": [0.0, 1.0, float("nan")]},
+        frozenset(SRank.writes),
+    ),
+    Case(
+        FeatureRank,
+        {"layers": ("0", "1")},
+        {"epsilon": 0.1},
+        {"epsilon": [0.0, -1.0, float("nan")]},
+        frozenset(FeatureRank.writes),
+    ),
+    Case(
+        AttentionPatterns,
+        {"rows": 4},
+        {"reduction": "mean"},
+        {"rows": [0], "reduction": ["sum"]},
+        frozenset({("attention", "1.heads")}),
+        Attending,
+    ),
+    Case(
+        AttentionRollout,
+        {"rows": 4},
+        {"fusion": "max"},
+        {"rows": [0], "reduction": ["sum"], "fusion": ["sum"]},
+        frozenset({"rollout"}),
+        Attending,
+    ),
+    Case(
+        LogitLens,
+        {"layers": ("0", "1"), "head": "2"},
+        {"output_is": "values"},
+        {"layers": [None], "head": [None, "", 3], "output_is": ["value"], "rows": [1]},
+        frozenset({"lens", "kl", "agreement", "reason"}),
+    ),
+    Case(
+        TunedLens,
+        {"layers": ("0", "1"), "head": "2", "folds": 2, "steps": 5},
+        {"penalty": 1.0},
+        {"head": [None], "output_is": ["value"], "folds": [1], "penalty": [0.0, float("inf")], "steps": [0]},
+        frozenset({"lens", "kl", "agreement", "kl_untuned", "agreement_untuned", "converged", "reason"}),
+    ),
+    Case(
+        MaxActivating,
+        {"layers": ("0", "1"), "k": 3},
+        {"inputs": 1},
+        {"k": [0], "inputs": [-1, 4]},
+        frozenset({*MaxActivating.writes, ("top", "input")} - {"top"}),
+    ),
 )
 
 

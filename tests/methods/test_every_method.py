@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass
 
 import pytest
 import torch
-from method_cases import CASES, PUBLIC, batch, measured, mlp
+from method_cases import CASES, PUBLIC, Attending, batch, measured, mlp
 from torch import nn
 
 from tdhook_train.errors import PathError, SettingsError
@@ -73,8 +73,9 @@ def everything(model, td):
     }
 
 
-def model_in_training():
-    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, 2), nn.Dropout(0.5))
+def model_in_training(activation=nn.ReLU):
+    inside = activation() if issubclass(activation, Attending) else nn.ReLU(inplace=True)
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), inside, nn.Linear(5, 2), nn.Dropout(0.5))
     model(torch.randn(8, 3)).sum().backward()
     model[3].weight.requires_grad_(False)
     return model
@@ -83,7 +84,7 @@ def model_in_training():
 @each
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 def test_the_model_and_the_batch_are_left_as_found(case, mode):
-    model, td = model_in_training().eval(), batch()
+    model, td = model_in_training(case.activation).eval(), batch()
     before = everything(model, td)
     with mode():
         measured(case.method(), model, td)
@@ -92,7 +93,7 @@ def test_the_model_and_the_batch_are_left_as_found(case, mode):
 
 @each
 def test_a_model_in_training_is_left_as_found(case):
-    model, td = model_in_training().train(), batch()
+    model, td = model_in_training(case.activation).train(), batch()
     before = everything(model, td)
     measured(case.method(), model, td)
     assert everything(model, td) == before
@@ -120,6 +121,7 @@ def test_the_model_is_left_as_found_where_a_pass_fails(case, error, after):
     model, td = Failing(error, after, case.activation), batch()
     settings = case.settings | ({"layers": ("inner.0", "inner.1")} if "layers" in case.settings else {})
     settings |= {"at": "inner.0"} if "at" in case.settings else {}
+    settings |= {"head": "inner.2"} if "head" in case.settings else {}
     before = everything(model, td)
     try:
         measured(case.make(**settings), model, td)
@@ -132,7 +134,7 @@ def test_the_model_is_left_as_found_where_a_pass_fails(case, error, after):
 
 @each
 def test_the_model_is_left_as_found_where_measuring_itself_fails(case, monkeypatch):
-    model, td = mlp(3, 5, 2), batch()
+    model, td = mlp(3, 5, 2, activation=case.activation), batch()
     before = everything(model, td)
 
     def measure(self, seen, model):

@@ -6,7 +6,8 @@ from method_cases import measured, mlp
 from tensordict import TensorDict
 from torch import nn
 
-from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank
+from tdhook_train.health import DeadUnits, DormantUnits, EffectiveRank, FeatureRank, SRank, StableRank
+from tdhook_train.health.spectral import Spectral
 
 
 class Gives(nn.Module):
@@ -131,7 +132,11 @@ def test_scale_does_not_matter_and_layers_of_many_widths_keep_their_order():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("method", [EffectiveRank(), DormantUnits(), DeadUnits()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method",
+    [EffectiveRank(), SRank(), FeatureRank(), StableRank(), DormantUnits(), DeadUnits()],
+    ids=lambda m: type(m).__name__,
+)
 def test_activations_that_are_not_finite_do_not_stop_the_others(method, bad):
     class Two(nn.Module):
         def __init__(self):
@@ -149,8 +154,29 @@ def test_activations_that_are_not_finite_do_not_stop_the_others(method, bad):
 
     model, td = Two(), TensorDict({"input": torch.randn(30, 3)}, [30])
     out, alone = measured(method, model, td), measured(method, model.good, td)
-    for key in type(method).writes:
-        assert torch.equal(out[key][0], alone[key][0])
-    if isinstance(method, EffectiveRank):
-        assert out["effective_rank"][1].isnan()
-        assert out["effective_rank_centred"][1].isnan()
+    pooled = {"dormant": "dormant_pooled", "dead": "dead_pooled"}  # of ranks: the name with an ending
+    for key, dims in type(method).writes.items():
+        if "layer" in dims:
+            assert torch.equal(out[key][0], alone[key][0])
+        else:  # of the network: the layer that is not finite is left out
+            torch.testing.assert_close(out[key], alone[key])
+            assert out[key].isfinite().all()
+        if key in pooled or (key != "srank_few_rows" and isinstance(method, Spectral) and "layer" in dims):
+            assert out[key][1].isnan().all()
+    only = measured(type(method)(layers="bad"), model, td)
+    assert all(only[key].isnan().all() for key in type(method).writes if "pooled" in key)
+
+
+@pytest.mark.parametrize("method", [DormantUnits((nn.Tanh, nn.Linear), (0.0, 0.5)), DeadUnits((nn.Tanh, nn.Linear))])
+def test_pooled_is_the_share_of_all_units_of_the_network(method):
+    model = mlp(3, 9, 4, 2)
+    with torch.no_grad():
+        for layer, units in ((0, [1, 2, 5]), (2, [3])):
+            model[layer].weight[units], model[layer].bias[units] = 0.0, 0.0
+    out = measured(method, model, TensorDict({"input": torch.randn(60, 3)}, [60]))
+    name, units = ("dormant", "dormancy") if isinstance(method, DormantUnits) else ("dead", "dead_unit")
+    every = out[units][~out[units].isnan()]
+    assert len(every) == 2 * (9 + 4) + 2
+    expected = [(every <= tau).sum() / len(every) for tau in (0.0, 0.5)] if name == "dormant" else every.mean()
+    torch.testing.assert_close(out[f"{name}_pooled"], torch.as_tensor(expected))
+    assert float(out[f"{name}_pooled"].flatten()[0]) == pytest.approx(2 * 4 / 28)

@@ -8,6 +8,8 @@ import torch
 from method_cases import measured, mlp
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.multioutput import MultiOutputClassifier
 from tensordict import TensorDict
 from torch import nn
 
@@ -100,9 +102,36 @@ def test_targets_are_keys_features_functions_or_names_of_them_and_their_classes_
     assert labels["target_classes"] == ["7, 8, 9", "False, True", "7, 8, 9", "0, 1"]
 
 
+def test_a_boolean_matrix_is_a_multilabel_target_and_scores_as_scikit_learns_multilabel_estimators():
+    td, groups = trajectories()
+    td["labels"] = torch.stack([td["sign"], td["input"][:, 0] > 0.3, td["three"] == 8], 1)
+    one = {"solver": "newton-cholesky", "tol": 1e-12, "max_iter": 1000}
+    out = probed(td, groups, nn.Sequential(nn.Identity()), LogisticProbe(target="labels", shifts=0))
+    x, y, folds = td["input"].double().numpy(), td["labels"].numpy(), fold_of(groups, 5).numpy()
+    rest, each = [], []
+    for k in range(5):
+        train, held = folds != k, folds == k
+        p = OneVsRestClassifier(LogisticRegression(**one)).fit(x[train], y[train]).predict_proba(x[held])
+        many = MultiOutputClassifier(LogisticRegression(**one)).fit(x[train], y[train]).predict_proba(x[held])
+        for found, scores in ((p.T, rest), ([q[:, 1] for q in many], each)):
+            scores.append([scored(y[held, j], np.stack([1 - q, q], 1), np.array([0, 1])) for j, q in enumerate(found)])
+    for scores in (rest, each):
+        np.testing.assert_allclose(of_all(out)[:, 0].T.numpy(), np.mean(scores, 0), atol=1e-9)
+    macro = np.mean([roc_auc_score(y[folds == k], p, average="macro") for k, p in _held_out(x, y, folds, one)])
+    assert float(out["auc"].mean()) == pytest.approx(macro, abs=1e-9)
+
+
+def _held_out(x, y, folds, settings):
+    for k in range(5):
+        model = OneVsRestClassifier(LogisticRegression(**settings)).fit(x[folds != k], y[folds != k])
+        yield k, model.predict_proba(x[folds == k])
+
+
 def test_what_is_no_class_is_refused():
     td, groups = trajectories()
-    with pytest.raises(TargetError, match=r"target 'y' is torch.float32, .* or use RidgeProbe for quantities"):
+    with pytest.raises(
+        TargetError, match=r"target 'y' is torch.float32, .* or use a probe for quantities, such as RidgeProbe"
+    ):
         probed(td.set("y", td["input"][:, 0]), groups)
     td["y"] = torch.arange(160) % 65
     with pytest.raises(TargetError, match="target 'y' has 65 classes, and LogisticProbe takes up to 64"):
@@ -307,5 +336,5 @@ def test_what_is_remembered_between_ticks_never_changes_a_result():
         known = probed(td, groups, model, probe, memo=memo, initial=initial)
         anew = probed(td, groups, model, probe, initial=initial)
         assert memo
-        for key in LogisticProbe.writes:
+        for key in LogisticProbe.writes.keys() - {"direction", "intercept"}:  # which were not asked for
             assert torch.equal(known[key], anew[key])

@@ -55,6 +55,25 @@ def test_coefficients_equal_those_of_scikit_learn_on_blocks_of_unequal_width(see
     check(blocks, folds, four, 4)
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_fits_may_train_on_the_parts_before_theirs_and_on_all(classes):
+    blocks, parts, two, four, _ = problem(1)
+    y = two if classes == 2 else four
+    trains = torch.cat([torch.ones(5, 5).tril(-1), torch.ones(1, 5)])
+    fit = LogisticDesign(blocks, parts, 1.0, trains).fit(y[:, None], classes)
+    assert fit.fitted[:, 0].tolist() == [False, *[True] * 5]
+    assert fit.converged.all()
+    for i, block in enumerate(blocks):
+        for k in range(1, 6):
+            model = by_scikit_learn(block[parts < k], y[parts < k])
+            assert np.abs(fit.weights[i, k, 0, 0, :, : block.shape[1]].numpy() - model.coef_).max() < 1e-9
+            if k < 5:
+                p = model.predict_proba(block[parts == k].numpy())
+                found = fit.held_out[i, parts == k, 0, 0]
+                found = found.softmax(-1) if classes > 2 else torch.cat([1 - found.sigmoid(), found.sigmoid()], -1)
+                assert np.abs(found.numpy() - p).max() < 1e-9
+
+
 @pytest.mark.parametrize("c", [1e-3, 1e3])
 def test_another_penalty(c):
     blocks, folds, two, four, _ = problem(0)

@@ -14,7 +14,15 @@ from torch.testing import assert_close
 from tdhook_train.attribution import InputXGradient, IntegratedGradients, Saliency
 from tdhook_train.errors import KeyMissingError, SettingsError, TargetError
 from tdhook_train.latent import ActivationPatching
-from tdhook_train.ops.objectives import Kl, LogitDifference, LogProb, NegativeLoss, NormalLogProb, TanhNormalLogProb
+from tdhook_train.ops.objectives import (
+    Kl,
+    LogitDifference,
+    LogitGap,
+    LogProb,
+    NegativeLoss,
+    NormalLogProb,
+    TanhNormalLogProb,
+)
 from tdhook_train.ops.targets import given_by, label_of, refuse_unknown
 
 OBJECTIVES = (
@@ -22,6 +30,7 @@ OBJECTIVES = (
     NormalLogProb(),
     TanhNormalLogProb(),
     LogitDifference(3, "label"),
+    LogitGap("label"),
     Kl(),
     NegativeLoss(truth=["next", "label"], output=("out", "logits")),
 )
@@ -74,6 +83,20 @@ def test_differences_of_logits_by_number_and_by_key():
     assert_close(LogitDifference("label", 0)(td), logits[row, td["label"]] - logits[:, 0])
 
 
+def test_the_gap_between_the_chosen_logit_and_the_best_other():
+    td = batch()
+    pairs = zip(td["logits"].tolist(), td["label"].tolist(), strict=True)
+    expected = [row.pop(chosen) - max(row) for row, chosen in pairs]
+    td["ones"] = F.one_hot(td["label"], 4)
+    td["true"] = td["ones"].bool()
+    for key in ("label", "ones", "true"):
+        assert_close(LogitGap(key)(td), torch.tensor(expected))
+    td["greedy"] = td["logits"].argmax(-1)
+    assert (LogitGap("greedy")(td) > 0).all()
+    with pytest.raises(TargetError, match="has one action"):
+        LogitGap("label")(td.update({"logits": td["logits"][:, :1]}))
+
+
 def test_divergence_and_losses():
     td = batch()
     known, now = (dist.Categorical(logits=logits) for logits in (td["reference", "logits"], td["logits"]))
@@ -99,6 +122,7 @@ def test_their_names():
         "normal_log_prob(action)",
         "tanh_normal_log_prob(action)",
         "logit_difference(3, label)",
+        "logit_gap(label)",
         "kl(reference.logits)",
         "negative_loss(next.label)",
     ]
@@ -109,6 +133,7 @@ def test_networks_that_lack_what_they_read_are_left_out():
     assert set(given_by(targets, ["logits"])) == {
         "log_prob(action)",
         "logit_difference(3, label)",
+        "logit_gap(label)",
         "kl(reference.logits)",
     }
     assert set(given_by(targets, ["loc"])) == set()

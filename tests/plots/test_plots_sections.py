@@ -14,7 +14,7 @@ from tdhook_train.attribution import Saliency
 from tdhook_train.latent import Cka, LogisticProbe
 from tdhook_train.plots import HeatPanel, Mark, onsets, provenance, write_report
 from tdhook_train.plots.axes import draw_heat
-from tdhook_train.plots.sections import ablation, probe, saliency, similarity
+from tdhook_train.plots.sections import ablation, others, probe, saliency, similarity
 from tdhook_train.plots.sections import training as curve
 
 
@@ -178,3 +178,25 @@ def test_names_of_every_kind_are_escaped_everywhere(empty, tmp_path):
     assert "<img" not in source
     assert "</style></script>" not in source
     assert source.count("</script>") == source.count("<script>") + source.count('<script type="application/json"')
+
+
+def test_what_has_no_section_of_its_own_is_shown_by_its_shape(empty, tmp_path):
+    dims = {"agreement": ("layer", "target"), "overall": ("target",), "code": ("layer",), "kept": ("batch", "unit")}
+    coords = {"layer": ["a", "b"], "target": ["left", "right"]}
+    empty.declare("patches", dims=dims, coords=coords)
+    for step in (0, 3):
+        values = {"agreement": torch.tensor([[0.5, 1.0], [0.25, torch.nan]]) + step, "overall": torch.ones(2)}
+        more = {"code": torch.zeros(2, dtype=torch.int8), "kept": torch.ones(4, 3)}
+        empty.append("patches", values | more, step=step)
+    section = others.section(empty, ())
+    assert [picture.title for picture in section.pictures] == ["agreement (patches)", "overall (patches)"]
+    maps = section.pictures[0].chart
+    assert [panel.title for panel in maps.panels] == ["left · network", "right · network"]
+    np.testing.assert_array_equal(maps.panels[0].values, [[0.5, 3.5], [0.25, 3.25]])
+    assert maps.limits == (0.25, 4.0)
+    assert "What else was measured" in write_report(empty, tmp_path).read_text(encoding="utf-8")
+
+
+def test_what_has_a_section_is_not_shown_again(run, measured):
+    assert others.section(run, ()) is None
+    assert others.section(measured, ()) is None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +13,35 @@ from torch.overrides import TorchFunctionMode
 from tdhook_train.attribution.relevance.rules import stabilised
 from tdhook_train.errors import NetworkError
 
-__all__ = ["Functions", "way"]
+__all__ = [
+    "ACTIVATIONS",
+    "BILINEAR",
+    "DIVIDED",
+    "MULTIPLIED",
+    "Back",
+    "Functions",
+    "live_in",
+    "plain",
+    "way",
+    "with_values",
+    "writes",
+]
 
 Back = Callable[[Tensor], Tensor | Sequence[Tensor | None]]
 """What goes back into some values, from the relevance of what was made of them."""
 
-_ELEMENTWISE = {
+ACTIVATIONS = {
     *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "logsigmoid", "tanh"),
     *("hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softplus", "softsign", "softshrink", "tanhshrink"),
-    *("threshold", "prelu", "rrelu", "neg", "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"),
+    *("threshold", "prelu", "rrelu"),
 }
+_ELEMENTWISE = ACTIVATIONS | {"neg", "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"}
 _SUMS = {"add", "iadd", "radd", "sub", "isub", "rsub", "subtract", "sum", "mean"}
 _SUMS |= {f"{kind}avg_pool{n}d" for n in (1, 2, 3) for kind in ("", "adaptive_")}
-_SCALED = {"mul", "imul", "rmul", "multiply", "div", "idiv", "truediv", "itruediv", "true_divide", "divide"}
-_BILINEAR = {"matmul", "rmatmul", "bmm", "mm", "mv", "einsum", "linear", "bilinear"}
-_BILINEAR |= {f"conv{kind}{n}d" for n in (1, 2, 3) for kind in ("", "_transpose")}
+MULTIPLIED = {"mul", "imul", "rmul", "multiply"}
+DIVIDED = {"div", "idiv", "truediv", "itruediv", "true_divide", "divide"}
+BILINEAR = {"matmul", "rmatmul", "bmm", "mm", "mv", "einsum", "linear", "bilinear"}
+BILINEAR |= {f"conv{kind}{n}d" for n in (1, 2, 3) for kind in ("", "_transpose")}
 
 
 class _Way(torch.autograd.Function):
@@ -65,6 +79,10 @@ class Functions(TorchFunctionMode):
     Source: Achtibat et al. 2024, arXiv:2402.05602.
     """
 
+    own: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    """What is done in place of a function, by its name without underscores: given itself, values in the graph, and
+    arguments."""
+
     def __init__(self, stabiliser: float = 1e-6) -> None:
         super().__init__()
         self.stabiliser = stabiliser
@@ -77,13 +95,13 @@ class Functions(TorchFunctionMode):
         if self.over or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "").strip("_")
-        live = [value for value in _tensors((args, kwargs)) if _is_live(value)]
-        if live and name in _OWN:
-            return _OWN[name](self, func, live, args, kwargs)
+        live = live_in(args, kwargs)
+        if live and name in self.own:
+            return self.own[name](self, func, live, args, kwargs)
         found = func(*args, **kwargs)
         if not live and any(isinstance(value, nn.Parameter) for value in _tensors((args, kwargs))):
             made = {id(value): value.detach() for value in _tensors(found) if _is_live(value)}
-            return _with(found, made) if made else found
+            return with_values(found, made) if made else found
         return found
 
     # ------------------------------------------------------------------ the ways back
@@ -91,12 +109,12 @@ class Functions(TorchFunctionMode):
     def elementwise(self, func: Any, live: list[Tensor], args: Any, kwargs: Any) -> Any:
         """R_i = R_i."""
         x, spare = live[0], [None] * (len(live) - 1)
-        out = _plain(func, args, kwargs)
+        out = plain(func, args, kwargs)
         return way(lambda relevance: [relevance.sum_to_size(x.shape), *spare], out, *live)
 
     def scaled(self, func: Any, live: list[Tensor], args: Any, kwargs: Any) -> Any:
         """A product of two activations: half to each; by a constant: all, but where the constant is zero."""
-        out = _plain(func, args, kwargs)
+        out = plain(func, args, kwargs)
         divides = "div" in func.__name__
         by = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and not _is_live(value)]
 
@@ -119,7 +137,7 @@ class Functions(TorchFunctionMode):
 
     def softmax(self, func: Any, live: list[Tensor], args: Any, kwargs: Any) -> Any:
         """R_i = x_i (R_i - s_i sum_j R_j)."""
-        s, dim = _plain(func, args, kwargs), _axis(args, kwargs)
+        s, dim = plain(func, args, kwargs), _axis(args, kwargs)
         x = live[0].detach()
 
         def back(relevance: Tensor) -> Tensor:
@@ -141,7 +159,7 @@ class Functions(TorchFunctionMode):
             return _many_heads(dict(zip(every, args, strict=True)), kwargs)
 
     def _in_proportion(self, func: Any, live: list[Tensor], args: Any, kwargs: Any, among: int) -> Any:
-        z = _plain(func, args, kwargs)
+        z = plain(func, args, kwargs)
         if func.__name__.strip("_") in {"add", "iadd", "radd"} and not kwargs:
 
             def added(relevance: Tensor) -> list[Tensor]:
@@ -153,7 +171,7 @@ class Functions(TorchFunctionMode):
         def back(relevance: Tensor) -> list[Tensor | None]:
             known: dict[int, Tensor] = {id(v): v.detach().requires_grad_() for v in live}
             with torch.enable_grad():
-                again = func(*_with(args, known), **_with(kwargs, known))
+                again = func(*with_values(args, known), **with_values(kwargs, known))
                 share = relevance / stabilised(z, self.stabiliser)
                 each = list(known.values())
                 grads = iter(torch.autograd.grad(again, each, share / among))
@@ -163,11 +181,11 @@ class Functions(TorchFunctionMode):
         return way(back, z, *live)
 
 
-_OWN: dict[str, Callable[[Functions, Any, list[Tensor], Any, Any], Any]] = {
+Functions.own = {
     **dict.fromkeys(_ELEMENTWISE, Functions.elementwise),
     **dict.fromkeys(_SUMS, Functions.sums),
-    **dict.fromkeys(_SCALED, Functions.scaled),
-    **dict.fromkeys(_BILINEAR, Functions.bilinear),
+    **dict.fromkeys(MULTIPLIED | DIVIDED, Functions.scaled),
+    **dict.fromkeys(BILINEAR, Functions.bilinear),
     "softmax": Functions.softmax,
     "scaled_dot_product_attention": Functions.attention,
     "multi_head_attention_forward": Functions.many_heads,
@@ -191,7 +209,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: A
 
 def _many_heads(given: dict[str, Any], rest: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     if given["bias_k"] is not None or given["zero"] or rest.get("static_k") is not None:
-        raise NetworkError("LRP knows no way back through attention with bias_k or add_zero_attn")
+        raise NetworkError("no way back is known through attention with bias_k or add_zero_attn")
     parts = [given["query"], given["key"], given["value"]]
     single = parts[0].ndim == 2
     parts = [part.unsqueeze(1) for part in parts] if single else parts  # [time, row, feature]
@@ -222,20 +240,32 @@ def _masked(scores: Tensor, mask: Tensor | None, shaped: Callable[[Tensor], Tens
     return scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
-def _plain(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """The value, outside the graph; a function that works in place works on a copy."""
-    in_place = func.__name__.endswith("_") or func.__name__.startswith("__i") or kwargs.get("inplace")
-    known = {id(v): v.detach().clone() if in_place else v.detach() for v in _tensors((args, kwargs))}
-    found: Tensor = func(*_with(args, known), **_with(kwargs, known))
+def live_in(*given: Any) -> list[Tensor]:
+    """Return the values among some arguments that are in the graph; parameters are none."""
+    return [value for value in _tensors(given) if _is_live(value)]
+
+
+def plain(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Return what a function gives out, outside the graph; one that works in place works on a copy."""
+    copied = writes(func, kwargs)
+    known = {id(v): v.detach().clone() if copied else v.detach() for v in _tensors((args, kwargs))}
+    found: Tensor = func(*with_values(args, known), **with_values(kwargs, known))
     return found
 
 
-def _with(given: Any, known: dict[int, Tensor]) -> Any:
+def writes(func: Any, kwargs: Any) -> bool:
+    """Whether a function works in place, on its first argument."""
+    name = func.__name__
+    return name.startswith("__i") or (name.endswith("_") and name[-2] != "_") or bool(kwargs.get("inplace"))
+
+
+def with_values(given: Any, known: dict[int, Tensor]) -> Any:
+    """Put other values in the place of some tensors among arguments, by their ids."""
     if isinstance(given, Tensor):
         return known.get(id(given), given)
     if type(given) in (tuple, list):
-        return type(given)(_with(one, known) for one in given)
-    return {key: _with(one, known) for key, one in given.items()} if type(given) is dict else given
+        return type(given)(with_values(one, known) for one in given)
+    return {key: with_values(one, known) for key, one in given.items()} if type(given) is dict else given
 
 
 def _tensors(given: Any) -> Iterable[Tensor]:
