@@ -24,8 +24,8 @@ from tdhook_train.attribution.shapley_sampling import ShapleySampling
 from tdhook_train.attribution.smooth_grad import SmoothGrad
 from tdhook_train.attribution.sobol import Sobol
 from tdhook_train.attribution.square_grad import SquareGrad
-from tdhook_train.attribution.tcav import Tcav
 from tdhook_train.attribution.var_grad import VarGrad
+from tdhook_train.explain.tcav import Tcav
 from tdhook_train.ops.objectives import (
     Kl,
     LogitDifference,

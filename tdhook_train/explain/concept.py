@@ -12,7 +12,7 @@ from tdhook_train.errors import NetworkError, SettingsError
 from tdhook_train.ops.directions import between_means, by_logistic, unit
 from tdhook_train.ops.targets import label_of, read
 
-__all__ = ["CAVS", "Through", "along", "directions", "given", "labelled"]
+__all__ = ["CAVS", "Through", "along", "directions", "found", "given", "labelled", "marked"]
 
 CAVS = ("mean-difference", "logistic")
 
@@ -58,16 +58,25 @@ def along(value: Tensor, direction: Tensor, axis: int) -> Tensor:
     return (value.movedim(axis, -1) @ direction.to(value)).reshape(len(value), -1).mean(1)
 
 
+def marked(batch: TensorDictBase, concept: Any, device: torch.device) -> Tensor:
+    """Read which rows show a concept, ``[row]``; it may be none, or all.
+
+    Raises:
+        SettingsError: not one label a row.
+    """
+    marks = read(batch, concept)
+    if marks.numel() != len(batch):
+        raise SettingsError(f"concept {label_of(concept)!r} needs one label a row, has {tuple(marks.shape)}")
+    return marks.reshape(len(batch)).bool().to(device)
+
+
 def labelled(batch: TensorDictBase, concept: Any, device: torch.device) -> Tensor:
     """Read which rows show a concept, ``[row]``.
 
     Raises:
         SettingsError: none do, or all.
     """
-    found = read(batch, concept)
-    marks = found.reshape(len(batch), -1)[:, 0].bool().to(device)
-    if found.numel() != len(batch):
-        raise SettingsError(f"concept {label_of(concept)!r} needs one label a row, has {tuple(found.shape)}")
+    marks = marked(batch, concept, device)
     if marks.all() or not marks.any():
         raise SettingsError(
             f"concept {label_of(concept)!r} needs rows that show it and rows that do not; "
@@ -76,9 +85,20 @@ def labelled(batch: TensorDictBase, concept: Any, device: torch.device) -> Tenso
     return marks
 
 
+def found(x: Tensor, labels: Tensor, cav: Literal["mean-difference", "logistic"], c: float) -> tuple[Tensor, Tensor]:
+    """Find directions from activations ``[row, unit]`` and labels ``[row, labelling]``.
+
+    Returns:
+        Unit directions ``[labelling, unit]``, and which fits converged, ``[labelling]``.
+    """
+    if cav == "mean-difference":
+        return between_means(x, labels), labels.new_ones(labels.shape[1], dtype=torch.bool)
+    return by_logistic(x, labels, c)
+
+
 def directions(x: Tensor, labels: Tensor, cav: Literal["mean-difference", "logistic"], c: float) -> Tensor:
     """Return unit directions ``[labelling, unit]``, from ``[row, unit]`` and labels ``[row, labelling]``."""
-    return between_means(x, labels) if cav == "mean-difference" else by_logistic(x, labels, c)
+    return found(x, labels, cav, c)[0]
 
 
 def given(value: Any, width: int, where: str) -> Tensor:

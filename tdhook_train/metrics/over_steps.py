@@ -69,12 +69,14 @@ def direction_cosine(artifact: Artifact, key: Key = "direction") -> xr.DataArray
     Directions live in the coordinates of their layer: a layer that turns turns them, with nothing else changed.
 
     Args:
-        artifact: of a ``RidgeProbe(directions=True)`` or ``LogisticProbe(directions=True)``.
-        key: what holds the directions, along its last dimension; NaN beyond the width of a layer.
+        artifact: of a ``RidgeProbe(directions=True)`` or ``LogisticProbe(directions=True)``, or of a direction between
+            two sides.
+        key: what holds the directions, along its last dimension; NaN beyond the width of a layer. Of two sides
+            ``("direction", layer)``.
 
     Returns:
-        ``[layer, target, step, other]``, of classes with a dimension ``class`` behind ``target``; NaN where a direction
-        is 0 (the first of two classes) or was not fitted.
+        ``[layer, target, step, other]``, of classes with a dimension ``class`` behind ``target``, of two sides
+        ``[step, other]``; NaN where a direction is 0 (the first of two classes) or was not fitted.
 
     Raises:
         KeyMissingError: the artifact holds no directions.

@@ -34,15 +34,24 @@ def between_means(x: Tensor, labels: Tensor) -> Tensor:
     return unit(share.T @ x.double())
 
 
-def by_logistic(x: Tensor, labels: Tensor, c: float) -> Tensor:
-    """Return the unit normal of a logistic regression, towards the labelled rows: ``[labelling, unit]``.
+def by_logistic(x: Tensor, labels: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    """Return the unit normals of logistic regressions, towards the labelled rows, and which fits converged.
 
     Args:
         x: activations, ``[row, unit]``.
         labels: which rows show the concept, ``[row, labelling]``.
         c: weight of the summed log-loss against ½‖w‖².
+
+    Returns:
+        ``[labelling, unit]`` and ``[labelling]``.
     """
+    basis = None
+    if x.shape[1] > len(x):  # the penalised normal lies among the differences of rows: as many as rows, not units
+        x = x.double() - x[0].double()
+        basis = torch.linalg.qr(x.T).Q
+        x = x @ basis
     # A design fits each fold's complement: of the rows twice, each copy is a fit to all rows.
     folds = torch.arange(2).repeat_interleave(len(x))
     fit = LogisticDesign([x.repeat(2, 1)], folds, c).fit(labels.long().repeat(2, 1), 2)
-    return unit(fit.weights[0, 0, :, 0, 0])
+    weights = fit.weights[0, 0, :, 0, 0]
+    return unit(weights if basis is None else weights @ basis.T), fit.converged[0, 0, :, 0]

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["as_rows", "dormancy", "evenly_spaced", "held", "padded", "pooled"]
+from tdhook_train.errors import GroupsError
+
+__all__ = ["as_rows", "by_row", "dormancy", "evenly_spaced", "held", "padded", "pooled"]
 
 
 def held(value: Tensor, units: Sequence[int], to: Tensor | float | Sequence[float], axis: int) -> Tensor:
@@ -23,6 +25,27 @@ def as_rows(value: Tensor, axis: int = -1) -> Tensor:
         return value.reshape(-1, 1)
     value = value.movedim(axis, -1)
     return value.reshape(-1, value.shape[-1])
+
+
+def by_row(value: Tensor, batch: Sequence[int], axes: tuple[int, int], where: str) -> Tensor:
+    """Bring an activation to ``[row, *position, unit]``.
+
+    Args:
+        value: what a layer gave out.
+        batch: the size of the batch; its rows are numbered through.
+        axes: along which dimension the units lie, and at which the rows begin.
+        where: names method and layer.
+
+    Raises:
+        GroupsError: there is no value for each row.
+    """
+    unit, row = axes
+    if value.ndim <= row or value.movedim(row, 0).shape[: len(batch)] != tuple(batch):
+        raise GroupsError(
+            f"{where} gives {tuple(value.shape)} for rows {list(batch)}; name layers with one row a sample"
+        )
+    units = value.movedim(unit, -1) if value.ndim > len(batch) else value[..., None]
+    return units.movedim(row, 0).flatten(0, len(batch) - 1)
 
 
 def dormancy(value: Tensor, axis: int = -1) -> Tensor:

@@ -69,12 +69,20 @@ from tdhook_train.latent import (
     AttentionRollout,
     AttributionPatching,
     BilinearProbe,
+    Cav,
     Cka,
     ControlTask,
+    DirectionEdit,
+    Erase,
+    GradientDirection,
+    IcaDirection,
+    Leace,
+    LogisticDirection,
     LogisticProbe,
     LogitLens,
     MaxActivating,
     MdlProbe,
+    MeanDifferenceDirection,
     MeanDifferenceProbe,
     ProbeTransfer,
     RidgeProbe,
@@ -98,8 +106,8 @@ from tdhook_train.weights import WeightDistance
 
 FAMILIES = (attribution, circuits, health, latent, metrics, weights)
 EXPORTED = [getattr(family, name) for family in FAMILIES for name in family.__all__]
-PUBLIC = [one for one in EXPORTED if isinstance(one, type) and issubclass(one, Method)]  # others are functions
-PUBLIC += [AblatedReturn]  # outside the families, since it needs TorchRL
+PUBLIC = {one for one in EXPORTED if isinstance(one, type) and issubclass(one, Method)}  # others are functions
+PUBLIC |= {AblatedReturn}  # outside the families, since it needs TorchRL
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,9 @@ def above_zero(td):
 
 JUDGED_NOT = [None, DeadUnits(), Saliency(reduction="mean")]
 MASKED_NOT = {"baseline": ["zeros"], "unit": ["word"], "by": ["size"], "orders": [0], "reduction": ["sum"]}
+FIVE = ((1.0,) * 5, (0.2,) * 5, (0.0,) * 5)
 TWO = {"targets": [("output", 0), ("output", 1)], "rows": 6}
+DIRECTIONS = frozenset({("direction", "0"), ("direction", "1"), "separation", "accuracy", "auc", "reason"})
 PATCHED = frozenset({"effect", "normalised", "gap", "unit_effect", "unit_normalised"})
 AGREEMENT = {"agreement", "agreement_overall", "top_layer", "top_part", "top_estimate", "top_exact"}
 PAIRED_NOT = {
@@ -430,6 +440,41 @@ CASES = (
         frozenset(Tcav.writes),
     ),
     Case(
+        MeanDifferenceDirection,
+        {"layers": ("0", "1"), "concept": above_zero, "folds": 3},
+        {"concept": None},
+        {"folds": [1], "concept": [(0,)]},
+        DIRECTIONS,
+    ),
+    Case(
+        GradientDirection,
+        {"layers": ("0", "1"), "concept": above_zero, "folds": 3},
+        {"ridge": 0.1},
+        {"folds": [1], "steps": [0], "lr": [0.0, float("nan")], "ridge": [0.0, float("inf")]},
+        DIRECTIONS,
+    ),
+    Case(
+        IcaDirection,
+        {"layers": ("0", "1"), "concept": above_zero, "folds": 3},
+        {"components": 2},
+        {"folds": [1], "components": [0], "max_steps": [0]},
+        DIRECTIONS,
+    ),
+    Case(
+        Cav,
+        {"layers": ("0", "1"), "concept": above_zero, "folds": 3, "nulls": 5},
+        {"cav": "mean-difference"},
+        {"folds": [1], "concept": [(0,)], "cav": ["means"], "C": [0.0, float("nan")], "nulls": [-1]},
+        DIRECTIONS | {"null", "p_value", "null_reason"},
+    ),
+    Case(
+        LogisticDirection,
+        {"layers": ("0", "1"), "folds": 3},
+        {"concept": above_zero},
+        {"folds": [1], "concept": [(0,)], "C": [0.0, float("inf"), float("nan")]},
+        DIRECTIONS,
+    ),
+    Case(
         ActivationAddition,
         {"layers": ("0", "1")},
         {"layers": "0"},
@@ -441,6 +486,34 @@ CASES = (
         {"layers": ("0", "1"), "units": (0, 2), "to": (0.5, -1.0)},
         {"to": 0.0},
         {"units": [(), (-1,), (0.5,)], "to": ["mean", (None,)]},
+        frozenset(),
+    ),
+    Case(
+        DirectionEdit,
+        {"layers": ("0", "1"), "direction": (3.0, 0.0, 4.0, 0.0, 0.0), "by": "set", "amount": 2.0},
+        {"by": "project_out", "amount": None},
+        {
+            "direction": [(), (0.0, 0.0), (1.0, float("nan")), {"0": (0.0,)}, {}, ((1.0,), (2.0,)), "0"],
+            "by": ["remove"],
+            "amount": [None, float("inf")],
+        },
+        frozenset(),
+    ),
+    Case(
+        Leace,
+        {"layers": ("0", "1"), "concept": [above_zero, "late"]},
+        {"concept": "y"},
+        {"concept": [None, (0,)]},
+        frozenset({*((what, layer) for what in ("projection", "bias") for layer in "01"), "rank", "removed", "reason"}),
+    ),
+    Case(
+        Erase,
+        {
+            "layers": ("0", "1"),
+            "erasers": dict.fromkeys(("0", "1", "inner.0", "inner.1"), FIVE),
+        },
+        {"erasers": {"0": [[3.0] * 5], "1": [[3.0] * 5]}},
+        {"erasers": [(), {}, {"0": (1.0,)}, {"0": ((1.0,), (1.0,))}, [[1.0]], {"0": [[float("nan")]]}]},
         frozenset(),
     ),
     Case(

@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import jacrev, vmap
 from torch.testing import assert_close
 
+from tdhook_train import latent
 from tdhook_train.attribution import Tcav
 from tdhook_train.errors import SettingsError
 
@@ -104,3 +105,7 @@ def test_passes_change_nothing():
     whole, cut = (measured(Tcav(layers="1", concept=above_zero, max_bytes=size), model, td) for size in (None, 1))
     for key in Tcav.writes:
         assert_close(whole[key], cut[key])
+
+
+def test_it_is_found_beside_attributions_and_beside_what_layers_know():
+    assert latent.Tcav is Tcav

@@ -12,10 +12,10 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import SettingsError
-from tdhook_train.explain import Attribution, Found, Problem
-from tdhook_train.explain.attribution import one_of
+from tdhook_train.explain.attribution import Attribution, one_of
 from tdhook_train.explain.concept import CAVS, directions, labelled
 from tdhook_train.explain.here import gradients_here
+from tdhook_train.explain.problem import Found, Problem
 from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.keys import path_of
 from tdhook_train.method import Method, Seen
