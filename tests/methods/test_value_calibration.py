@@ -6,6 +6,7 @@ import torch
 from method_cases import measured
 from sklearn.metrics import explained_variance_score, r2_score
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
@@ -111,7 +112,7 @@ def test_what_does_not_fit_is_refused():
 
 def test_live_the_critics_own_values_are_taken_and_not_those_that_the_batch_recorded(tmp_path):
     actor = ProbabilisticActor(
-        ValueOperator(nn.Linear(2, 3), in_keys=["observation"], out_keys=["logits"]),
+        TensorDictModule(nn.Linear(1, 3), ["state_value"], ["logits"]),  # reads what was recorded, which then stays
         in_keys=["logits"],
         distribution_class=torch.distributions.Categorical,
     )
