@@ -113,10 +113,8 @@ class GradientPatching(Paired):
         return dict(zip(_TOP, (layer[top], part[top], estimate, exact.gather(0, top.to(every.device))), strict=True))
 
     def _exactly(self, states: States, model: HookedModel, site: str, index: Tensor) -> Tensor:
-        if not len(index):
-            return states.metrics.new_zeros(0, *states.metrics.shape)
         one = self.cuts(states, model, site)[self.parts[-1]]
-        return self.exact(states, model, site, [(one, index)]) - states.metrics
+        return self.exact(states, model, site, [(one, index)])
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
