@@ -4,6 +4,7 @@ from tdhook_train.latent.ablate import Ablate
 from tdhook_train.latent.activation_addition import ActivationAddition
 from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
+from tdhook_train.latent.atp_star import AtPStar
 from tdhook_train.latent.attribution_patching import AttributionPatching
 from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
@@ -23,6 +24,7 @@ __all__ = [
     "ActivationAddition",
     "ActivationCache",
     "ActivationPatching",
+    "AtPStar",
     "AttributionPatching",
     "Cka",
     "Kl",

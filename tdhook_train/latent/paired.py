@@ -100,19 +100,18 @@ class Paired(Method):
     max_bytes: int | None = None
 
     looks_back: ClassVar[bool] = False
+    _heads_with: ClassVar[str] = "with the part 'head'"
     writes: ClassVar[Mapping[str, str]] = keys_of("effect", "normalised") | {"gap": "layer target"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts = (self.parts,) if isinstance(self.parts, str) else tuple(self.parts)
+        parts, name = (self.parts,) if isinstance(self.parts, str) else tuple(self.parts), type(self).__name__
         object.__setattr__(self, "parts", parts)
-        name = type(self).__name__
-        if self.pairs < 2:
-            raise SettingsError(f"{name} needs at least 2 pairs, got pairs={self.pairs}")
-        if not parts or (self.max_bytes is not None and self.max_bytes < 1):
-            raise SettingsError(f"{name} needs parts, and max_bytes of 1 or more, got {parts}, {self.max_bytes}")
-        if ("head" in parts) != (self.heads is not None) or (self.heads is not None and self.heads < 1):
-            raise SettingsError(f"{name} needs heads, 1 or more, with the part 'head' and only then: {self.heads}")
+        if self.pairs < 2 or not parts or (self.max_bytes is not None and self.max_bytes < 1):
+            given = f"pairs={self.pairs}, parts={parts}, max_bytes={self.max_bytes}"
+            raise SettingsError(f"{name} needs at least 2 pairs, 1 part and, where bound, 1 byte, got {given}")
+        if self.has_heads != (self.heads is not None) or (self.heads is not None and self.heads < 1):
+            raise SettingsError(f"{name} needs heads, 1 or more, {self._heads_with} and only then: {self.heads}")
         for setting, given, known in (
             *(("parts", part, PARTS) for part in parts),
             ("side", self.side, ("output", "input")),
@@ -127,6 +126,11 @@ class Paired(Method):
         if self.targets is not None:
             named(self.targets)
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether anything is cut into heads."""
+        return "head" in self.parts
+
     @abstractmethod
     def changes(self, states: States, model: HookedModel, seen: Seen) -> Changes:
         """Say how far replacing each part moves the metrics."""
@@ -140,12 +144,11 @@ class Paired(Method):
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Patch every part of one network."""
         found: dict[NestedKey, Tensor] = {}
+        sites = list(model.sites(self.layers))
         for ending, states in zip(_WAYS[self.way], self._states(seen, model), strict=True):
-            changes = self.changes(states, model, seen)
-            summary = self.summary(changes, states, list(model.sites(self.layers)))
+            summary = self.summary(changes := self.changes(states, model, seen), states, sites)
             found |= {key if key == "gap" else key + ending: value for key, value in summary.items()}
-            more = self.further(changes, states, model)
-            found |= {key + ending: value for key, value in more.items()}
+            found |= {key + ending: value for key, value in self.further(changes, states, model).items()}
         return TensorDict(found, batch_size=[])
 
     def further(self, changes: Changes, states: States, model: HookedModel) -> dict[str, Tensor]:  # noqa: ARG002
@@ -251,24 +254,21 @@ class Paired(Method):
         for site, value in values.items():
             axis = self.row_axis(model, site)
             if value.ndim <= axis or value.shape[axis] != len(inputs):
-                raise NetworkError(
-                    f"{type(self).__name__} patches row by row; the {self.side} of {site!r} has {tuple(value.shape)} "
-                    f"for {len(inputs)} rows: name layers with one row a sample"
-                )
+                given = f"the {self.side} of {site!r} has {tuple(value.shape)} for {len(inputs)} rows"
+                name = type(self).__name__
+                raise NetworkError(f"{name} patches row by row; {given}: name layers with one row a sample")
         return values, run.output.select(*model.out_keys, strict=False)
 
     def _pair(self, seen: Seen, model: HookedModel) -> tuple[TensorDict, TensorDict]:
         """Return base and source inputs, row by row; with both, what functions may read of the base."""
         inputs = {key: seen.batch.get(key) for key in model.in_keys}
-        prefixed = {key: ("source", *path_of(key)) for key in inputs}
-        given = {key: seen.batch.get(prefixed[key], None) for key in inputs}
+        given = {key: seen.batch.get(("source", *path_of(key)), None) for key in inputs}
         rows = len(seen.batch)
         if any(value is not None for value in given.values()):
             index = evenly_spaced(rows, self.pairs)
             sources = {k: (inputs[k] if v is None else v)[index] for k, v in given.items()}
         elif rows < 2:
-            name = type(self).__name__
-            raise SettingsError(f"{name} pairs rows with each other and needs 2 or more, got {rows}")
+            raise SettingsError(f"{type(self).__name__} pairs rows with each other and needs 2 or more, got {rows}")
         else:
             index = evenly_spaced(rows, min(self.pairs, rows - rows % 2))
             sources = {key: value[index.roll(len(index) // 2)] for key, value in inputs.items()}

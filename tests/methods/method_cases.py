@@ -44,6 +44,7 @@ from tdhook_train.latent import (
     ActivationAddition,
     ActivationCache,
     ActivationPatching,
+    AtPStar,
     AttributionPatching,
     Cka,
     LogisticProbe,
@@ -435,6 +436,13 @@ CASES = (
         {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6},
         {"sample": 4},
         PAIRED_NOT | {"sample": [-1], "verify": [-1]},
+        PATCHED | AGREEMENT,
+    ),
+    Case(
+        AtPStar,
+        {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6, "blocks": ("**.0", "**.2")},
+        {"blocks": (("0", "1"), "2")},
+        PAIRED_NOT | {"sample": [-1], "blocks": ["0", ("0",)], "query": ["0"], "weights": ["0"], "scale": [1.0]},
         PATCHED | AGREEMENT,
     ),
     Case(
