@@ -8,6 +8,7 @@ from tdhook_train.latent.atp_star import AtPStar
 from tdhook_train.latent.attribution_patching import AttributionPatching
 from tdhook_train.latent.cka import Cka
 from tdhook_train.latent.logistic_probe import LogisticProbe
+from tdhook_train.latent.path_patching import PathPatching
 from tdhook_train.latent.ridge_probe import RidgeProbe
 from tdhook_train.latent.steering_vectors import SteeringVectors
 from tdhook_train.ops.objectives import (
@@ -33,6 +34,7 @@ __all__ = [
     "LogitDifference",
     "NegativeLoss",
     "NormalLogProb",
+    "PathPatching",
     "RidgeProbe",
     "SteeringVectors",
     "TanhNormalLogProb",

@@ -48,6 +48,7 @@ from tdhook_train.latent import (
     AttributionPatching,
     Cka,
     LogisticProbe,
+    PathPatching,
     RidgeProbe,
     SteeringVectors,
 )
@@ -444,6 +445,13 @@ CASES = (
         {"blocks": (("0", "1"), "2")},
         PAIRED_NOT | {"sample": [-1], "blocks": ["0", ("0",)], "query": ["0"], "weights": ["0"], "scale": [1.0]},
         PATCHED | AGREEMENT,
+    ),
+    Case(
+        PathPatching,
+        {"layers": ("0", "1"), "targets": ("output", 1), "pairs": 6, "receivers": "**.2"},
+        {"frozen": ()},
+        PAIRED_NOT,
+        PATCHED,
     ),
     Case(
         DormantUnits,
