@@ -38,8 +38,8 @@ class Cut:
         """Add up the entries of each part: ``[part, row]`` from ``[*shape]``."""
         rows = value.shape[row_axis]
         number = self.of.expand_as(value).movedim(row_axis, 0).reshape(rows, -1)
-        out = value.new_zeros(rows, self.count)
-        return out.scatter_add_(1, number, value.movedim(row_axis, 0).reshape(rows, -1)).T
+        out = value.new_zeros(rows, max(1, self.count))
+        return out.scatter_add_(1, number, value.movedim(row_axis, 0).reshape(rows, -1))[:, : self.count].T
 
 
 def cut(kind: Part, shape: Sequence[int], axes: tuple[int, int], heads: int | None = None) -> Cut:
