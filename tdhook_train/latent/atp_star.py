@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -38,34 +38,36 @@ class _Place:
 class AtPStar(AttributionPatching):
     """How much an output changes when parts of a layer take their value in a paired state, to first order but twice.
 
-    Where the sites are queries or keys, the softmax is computed again with the part replaced, and only what follows
-    it is taken as linear: ``Σ (A(h') - A(h)) · ∂M/∂A``. A saturated softmax has no slope, but moves. Where ``blocks``
-    are named, effects that cancel are found by leaving out one block after another: with I_l the estimate whose
-    gradient does not go back through block l, ``|estimate| = Σ_l |I_l| / (L - 1)`` (the block that a part lies in
-    gives 0, hence L - 1); its sign is that of the estimate with all blocks, to which ``normalised`` and ``agreement``
-    go. With neither this is :class:`AttributionPatching`.
+    :class:`AttributionPatching` with two repairs:
+
+    * Queries and keys: a saturated softmax has no slope, but moves. The weights A are computed again with the part
+      replaced, and only what follows them is taken as linear: ``Σ (A(h') - A(h)) · ∂M/∂A``.
+    * ``blocks`` (GradDrop): effects by several ways that cancel are found by leaving out one block after another. With
+      I_l the estimate whose gradient does not go back through block l, the size of a pair's estimate is
+      ``Σ_l |I_l| / (L - 1)``: without the block that the part itself lies in it is 0, hence L - 1. Its sign is that of
+      the estimate with all blocks.
 
     One forward pass and one backward pass a metric, the same for each block again, and one more forward pass where
-    there is attention. In none of them, the softmax of queries is computed once for all heads and positions, that of
-    keys once a position, and both once a unit.
+    there is attention. Outside passes, one softmax of each attention for all heads and positions of its queries, one
+    for each position of its keys, and one of a head for each unit.
 
-    Attention is recomputed from projections that give ``[row, position, unit]``, heads side by side, in a softmax over
-    keys, without a mask or causally, whichever gives what the projection after it takes in. What else is added to the
-    logits (padding, biases of positions) is read from ``weights``. What lies between projections and logits (rotary
-    embeddings, norms of heads), and keys of fewer heads than queries, are refused.
+    Attention is computed from projections that give ``[row, position, unit]``, heads side by side; it looks at all
+    keys or at those up to the query, whichever gives what the projection behind it takes in. Other masks (padding) and
+    what is added to the logits (biases of positions) are read from ``weights``. Rotary embeddings, norms of queries
+    and keys, and keys of fewer heads than queries are refused.
 
     Args:
         layers: see :class:`.paired.Paired`, as are ``targets``, ``pairs``, ``side``, ``parts``, ``by``, ``way`` and
             ``max_bytes``.
-        heads: see :class:`.paired.Paired`; also of the attention.
-        query: projections to queries, in the order in which they run, such as ``"*.q_proj"``; of each one attention.
+        heads: see :class:`.paired.Paired`; also those of the attention.
+        query: projections to queries, in the order in which they run, such as ``"h.*.q_proj"``; one an attention.
         key: those to keys.
         value: those to values.
         joined: projections that take in what the heads give out, side by side.
-        weights: where the weights after the softmax are given out, ``[row, head, query, key]``; a weight of 0 is taken
-            as masked.
+        weights: where the weights are given out, ``[row, head, query, key]``, such as ``"h.*.attn:1"``; looked at where
+            neither mask is right. A weight of 0 counts as masked.
         scale: of the logits; one over the root of a head's units by default.
-        blocks: what adds to the residual stream, block by block: modules, or several that count as one block.
+        blocks: what adds to the residual stream: for each block a module, or several that are left out together.
         sample: how many parts of each layer, evenly spaced, are patched exactly as well (a pass a layer); 0 for none.
         verify: how many of the largest estimates of a network are patched exactly as well; 0 for none.
 
@@ -73,9 +75,9 @@ class AtPStar(AttributionPatching):
         What :class:`AttributionPatching` writes, with these estimates.
 
     Raises:
-        NetworkError: the attention named does not give what its joined projection takes in.
+        NetworkError: the attention named does not give what the projection behind it takes in.
 
-    Source: Kramár et al. 2024, arXiv:2403.00745 (there: the fix for queries and keys, and GradDrop).
+    Source: Kramár et al. 2024, arXiv:2403.00745.
     """
 
     _: KW_ONLY
@@ -205,9 +207,11 @@ class AtPStar(AttributionPatching):
             shapes = {name: tuple(values[name].shape) for name in _ATTENTION}
             raise NetworkError(f"AtPStar needs heads of one size, as many for keys as for queries, got {shapes}")
         scale = width**-0.5 if self.scale is None else self.scale
-        observed = None if weights is None else weights.double()
-        attention, off = attention_like(joined, query, key, value, scale, observed)
-        if off > max(1e-4, 32 * torch.finfo(values["joined"].dtype).eps):
+        attention = attention_like(joined, query, key, value, scale)
+        tolerance = max(1e-4, 32 * torch.finfo(values["joined"].dtype).eps)
+        if weights is not None and attention.off(joined) > tolerance:
+            attention = replace(attention, logits=weights.double().log())
+        if (off := attention.off(joined)) > tolerance:
             raise NetworkError(
                 f"AtPStar computed {off:.2g} (of the largest) past what {sites['joined']!r} takes in, from "
                 f"{sites['query']!r}, {sites['key']!r} and {sites['value']!r}, scale {scale:.3g}, {self._heads} heads: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -41,6 +41,12 @@ class Attention:
     def outputs(self) -> Tensor:
         """What the heads give out: ``[row, head, query, value unit]``."""
         return _weights(self.logits) @ self.value
+
+    def off(self, joined: Tensor) -> float:
+        """Say how far that is from what was observed, where this is finite: as a share of the largest."""
+        known = joined.isfinite()
+        size = float(joined[known].abs().max()) if known.any() else 0.0
+        return float((self.outputs - joined)[known].abs().nan_to_num(torch.inf).max()) / size if size else 0.0
 
     def effects(self, kind: Part, side: Side, moved: Tensor, slopes: Tensor) -> Tensor:
         """Estimate what moving parts of the queries or keys does by way of the weights: ``[part, row, slope]``.
@@ -93,10 +99,8 @@ class Attention:
         return torch.einsum("srhiv,...rhiv->...srhi", slopes, outputs)
 
 
-def attention_like(
-    joined: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, weights: Tensor | None = None
-) -> tuple[Attention, float]:
-    """Return the attention, all keys seen or only those up to the query, that gives out what is observed.
+def attention_like(joined: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Attention:
+    """Return the attention that comes nearest to what the heads gave out: to all keys, or to those up to the query.
 
     Args:
         joined: what the heads gave out, ``[row, head, query, value unit]``.
@@ -104,23 +108,14 @@ def attention_like(
         key: ``[row, head, key, unit]``.
         value: ``[row, head, key, value unit]``.
         scale: of the products.
-        weights: those observed, ``[row, head, query, key]``, which then decide.
-
-    Returns:
-        The attention, and how far it is off where numbers are finite, as a share of the largest.
     """
-    logits = scale * query @ key.mT if weights is None else weights.log()
-    masked = [torch.zeros_like(logits, dtype=torch.bool)]
-    if weights is None and logits.shape[-1] == logits.shape[-2]:
-        masked.append(torch.ones_like(masked[0]).triu(1))
-    tried = [Attention(query, key, value, logits.masked_fill(mask, -torch.inf), scale) for mask in masked]
-    known = joined.isfinite()
-    size = float(joined[known].abs().max()) if known.any() else 0.0
-    off = [
-        float((one.outputs - joined)[known].abs().nan_to_num(torch.inf).max()) / size if size else 0 for one in tried
-    ]
-    best = min(range(len(tried)), key=off.__getitem__)
-    return tried[best], off[best]
+    logits = scale * query @ key.mT
+    whole = Attention(query, key, value, logits, scale)
+    if logits.shape[-1] != logits.shape[-2]:
+        return whole
+    later = torch.ones_like(logits, dtype=torch.bool).triu(1)
+    causal = replace(whole, logits=logits.masked_fill(later, -torch.inf))
+    return min(whole, causal, key=lambda one: one.off(joined))
 
 
 def in_heads(value: Tensor, heads: int) -> Tensor:
