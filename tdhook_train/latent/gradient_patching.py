@@ -121,4 +121,4 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     """Return Pearson's correlation of columns ``[n, target]``, NaN where one does not vary."""
     a, b = (value.double() - value.double().mean(0) for value in (a, b))
     size = a.square().sum(0).sqrt() * b.square().sum(0).sqrt()
-    return (a * b).sum(0) / torch.where(size > 0, size, torch.nan)
+    return (a * b).sum(0) / size

@@ -308,6 +308,17 @@ def test_blocks_that_a_metric_does_not_go_by_and_the_input_side():
     assert_close(inputs["effect"], exact["effect"])
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_where_gradients_are_off(mode):
+    model, td = HandTransformer(causal=True).double(), pairs(3, 3)
+    method = AtPStar(SITES, blocks=("h.*.down", "h.*.attn"), verify=2, **ATTENTION)
+    expected = measured(method, model, td)
+    with mode():
+        found = measured(method, model, td.clone())
+    for key in ("effect", "unit_effect", "agreement", "top_exact"):
+        assert_close(found[key], expected[key], equal_nan=True)
+
+
 def test_networks_with_some_of_the_blocks_and_no_attention():
     nets = {"big": HandTransformer(), "small": mlp(3, 5, 2), "line": mlp(3, 4, 2)}
     td = TensorDict(input=torch.randn(6, 3, 3), batch_size=[6])

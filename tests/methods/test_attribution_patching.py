@@ -201,6 +201,16 @@ def test_what_does_not_move_agrees_with_nothing():
     assert out["top_estimate"].isnan().all()
 
 
+def test_what_is_no_number_ranks_last():
+    model, td = nn.Sequential(nn.Identity(), nn.Linear(3, 1)).double(), pairs(3)
+    model[1].weight.data.copy_(torch.tensor([[1.0, 0, 2]]))
+    td["source", "input"][0, 0] = torch.nan
+    out = measured(AttributionPatching("0"), model, td)
+    assert out["top_part"][:, 0].tolist() == [2, 1, 0]
+    assert out["top_estimate"][:2, 0].isfinite().all()
+    assert out["top_estimate"][2].isnan()
+
+
 def test_a_layer_without_parts_of_the_kind_has_no_agreement():
     model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(9, 2)).double()
     td = pairs(2, 4)

@@ -188,7 +188,7 @@ def test_hidden_states_have_their_rows_in_the_second_dimension():
 
 @pytest.mark.parametrize("by", ["zero", "mean", "resample"])
 def test_ablations_equal_the_loop(by):
-    model, base, source = mlp(3, 5, 2), torch.randn(6, 3), torch.randn(6, 3)
+    model, base, source = mlp(3, 5, 4, 2), torch.randn(6, 3), torch.randn(6, 3)
     td = sourced(base, source)
     out = measured(ActivationPatching(("0", "1"), by=by), model, td, generator=torch.Generator().manual_seed(3))
     order = torch.randperm(6, generator=torch.Generator().manual_seed(3))

@@ -226,6 +226,42 @@ def test_a_module_that_runs_twice_and_one_without_rows():
     assert_close(out["effect"][0], (model.head(new.mean(1)) - model(td["input"])).abs().mean(0).detach())
 
 
+class Remembering(nn.Module):
+    """A memory beside the way past it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.rnn, self.head = nn.Linear(3, 4), nn.GRU(4, 4, 2, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.embed(x)
+        out, hidden = self.rnn(x)
+        return self.head(x.mean(1) + out[:, -1] + hidden[0])
+
+
+def test_all_that_a_memory_gives_out_is_held():
+    model, td = Remembering().double(), pairs(5, 3)
+    out = measured(PathPatching("embed", receivers="head"), model, td)
+    moved = (td["source", "input"] - td["input"]).mean(1) @ model.embed.weight.T @ model.head.weight.T
+    assert_close(out["effect"][0], moved.abs().mean(0).detach())
+    through = measured(PathPatching("embed", receivers="rnn"), model, td)
+    base, source = (model.embed(td[key]) for key in ("input", ("source", "input")))
+    (out, hidden), (last, state) = model.rnn(base), model.rnn(source)
+    expected = (last[:, -1] + state[0] - out[:, -1] - hidden[0]) @ model.head.weight.T
+    assert_close(through["effect"][0], expected.abs().mean(0).detach())
+    states = measured(PathPatching("rnn:1", receivers="head"), model, td)["effect"][0]  # rows in the second dimension
+    assert_close(states, ((state[0] - hidden[0]) @ model.head.weight.T).abs().mean(0).detach())
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_where_gradients_are_off(mode):
+    model, td = HandTransformer().double(), pairs(3, 3)
+    method = PathPatching("h.0.down", receivers="h.1.up")
+    expected = measured(method, model, td)
+    with mode():
+        assert_close(measured(method, model, td.clone())["effect"], expected["effect"])
+
+
 def test_memory_and_many_parts():
     model, td = mlp(3, 40, 2).double(), pairs(3)
     whole = measured(PathPatching("0", receivers="2"), model, td)
