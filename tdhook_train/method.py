@@ -57,8 +57,11 @@ class Method(ABC):
     looks_back: ClassVar[bool] = True
     """Whether a row may go by the one before, ``seen.previous``; where not, a sweep measures in any order."""
 
+    selections: ClassVar[tuple[str, ...]] = ("layers",)
+    """Names of the settings that name modules; patterns in them that match nothing in any network are refused."""
+
     def __post_init__(self) -> None:
-        for name in ("layers", "networks"):  # lists are welcome, but settings compare and hash as tuples
+        for name in (*self.selections, "networks"):  # lists are welcome, but settings compare and hash as tuples
             if isinstance(given := getattr(self, name, None), list):
                 object.__setattr__(self, name, tuple(given))
 
@@ -113,13 +116,10 @@ class Method(ABC):
         chosen = self.chosen(models)
         if (targets := getattr(self, "targets", None)) is not None:
             refuse_unknown(targets, {name: model.out_keys for name, model in chosen.items()})
-        layers = getattr(self, "layers", None)
-        for pattern in () if layers is None else selectors(layers):
-            if not any(model.has(pattern) for model in chosen.values()):
-                known = [f"{name}.{path}" if name else path for name, m in chosen.items() for path in m.modules]
-                titles = " or ".join(model.title for model in chosen.values())
-                near = did_you_mean(pattern, known) if isinstance(pattern, str) else ""
-                raise PathError(f"layers={shown(pattern)} matches no module of {titles}{near}")
+        for setting in self.selections:
+            selection = getattr(self, setting, None)
+            for pattern in () if selection is None else selectors(selection):
+                _refuse_absent(setting, pattern, chosen)
 
     def across(self, parts: Parts) -> Measured:
         """Measure several networks and join what they gave: see :func:`tdhook_train.ops.join.join`."""
@@ -241,6 +241,14 @@ class Prepared:
         if self.method.reads and not all(key in td.keys(include_nested=True) for key in self.model.in_keys):
             return {}, TensorDict({}, batch_size=td.batch_size)
         return look(self.model, td, self.model.sites(self.method.taps(self.model)))
+
+
+def _refuse_absent(setting: str, pattern: Selector, models: Mapping[str, HookedModel]) -> None:
+    if not any(model.has(pattern) for model in models.values()):
+        known = [f"{name}.{path}" if name else path for name, model in models.items() for path in model.modules]
+        titles = " or ".join(model.title for model in models.values())
+        near = did_you_mean(pattern, known) if isinstance(pattern, str) else ""
+        raise PathError(f"{setting}={shown(pattern)} matches no module of {titles}{near}")
 
 
 def _plain(value: Any) -> Any:

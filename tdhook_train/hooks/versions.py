@@ -13,7 +13,7 @@ from tdhook_train.errors import TdhookTrainError
 from tdhook_train.hooks.model import HookedModel
 from tdhook_train.hooks.run import Run
 
-__all__ = ["run_versions"]
+__all__ = ["agrees", "run_together", "run_versions"]
 
 
 def run_versions(
@@ -48,17 +48,15 @@ def run_versions(
         with model.run(inputs) as run:
             _set(run, side)(site, versions, copies=count)
         ahead = _flat(run.output, model.out_keys, count, rows)
-        if _agrees(ahead[:rows], expected):
+        if agrees(ahead[:rows], expected):
             return ahead
     except TdhookTrainError:
         raise
     except Exception:  # whatever a layer raises that insists on its number of dimensions: run all rows instead
         pass
-    repeated = TensorDict({key: _repeat(inputs.get(key), count) for key in model.in_keys}, batch_size=[count * rows])
-    with model.run(repeated) as run:
-        _set(run, side)(site, versions.movedim(0, axis).flatten(axis, axis + 1))
-    together = _flat(run.output, model.out_keys, count * rows, 0)
-    if _agrees(together[:rows], expected):
+    flat = versions.movedim(0, axis).flatten(axis, axis + 1)
+    together = run_together(model, inputs, count, lambda run: _set(run, side)(site, flat))
+    if agrees(together[:rows], expected):
         return together
     alone = []
     for version in versions:
@@ -66,6 +64,22 @@ def run_versions(
             _set(run, side)(site, version)
         alone.append(_flat(run.output, model.out_keys, rows, 0))
     return torch.cat(alone)
+
+
+def run_together(model: HookedModel, inputs: TensorDictBase, count: int, describe: Callable[[Run], None]) -> TensorDict:
+    """Return the outputs of one pass over all rows of every version: floating ones, ``[version * rows]``.
+
+    Args:
+        model: the network.
+        inputs: its inputs, ``[rows]``.
+        count: of versions, ``[version * rows]`` where they go.
+        describe: the pass: what is read and set in it.
+    """
+    rows = len(inputs)
+    repeated = TensorDict({key: _repeat(inputs.get(key), count) for key in model.in_keys}, batch_size=[count * rows])
+    with model.run(repeated) as run:
+        describe(run)
+    return _flat(run.output, model.out_keys, count * rows, 0)
 
 
 def _set(run: Run, side: Literal["output", "input"]) -> Callable[..., None]:
@@ -89,7 +103,8 @@ def _flat(outputs: TensorDictBase, keys: list[NestedKey], count: int, rows: int)
     return TensorDict(found, batch_size=[count * rows if rows else count])
 
 
-def _agrees(found: TensorDict, expected: TensorDictBase) -> bool:
+def agrees(found: TensorDict, expected: TensorDictBase) -> bool:
+    """Whether the floating outputs are those expected, but for rounding."""
     keys = [k for k, v in expected.items(include_nested=True, leaves_only=True) if v.is_floating_point()]
     return all(
         k in found.keys(include_nested=True)

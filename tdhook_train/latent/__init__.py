@@ -5,6 +5,7 @@ from tdhook_train.latent.ablate import Ablate
 from tdhook_train.latent.activation_addition import ActivationAddition
 from tdhook_train.latent.activation_cache import ActivationCache
 from tdhook_train.latent.activation_patching import ActivationPatching
+from tdhook_train.latent.atp_star import AtPStar
 from tdhook_train.latent.attention_patterns import AttentionPatterns
 from tdhook_train.latent.attention_rollout import AttentionRollout
 from tdhook_train.latent.attribution_patching import AttributionPatching
@@ -25,6 +26,7 @@ from tdhook_train.latent.max_activating import MaxActivating
 from tdhook_train.latent.mdl_probe import MdlProbe
 from tdhook_train.latent.mean_difference_direction import MeanDifferenceDirection
 from tdhook_train.latent.mean_difference_probe import MeanDifferenceProbe
+from tdhook_train.latent.path_patching import PathPatching
 from tdhook_train.latent.probe_transfer import ProbeTransfer
 from tdhook_train.latent.ridge_probe import RidgeProbe
 from tdhook_train.latent.sklearn_probe import SklearnProbe
@@ -45,6 +47,7 @@ __all__ = [
     "ActivationAddition",
     "ActivationCache",
     "ActivationPatching",
+    "AtPStar",
     "AttentionPatterns",
     "AttentionRollout",
     "AttributionPatching",
@@ -70,6 +73,7 @@ __all__ = [
     "MeanDifferenceProbe",
     "NegativeLoss",
     "NormalLogProb",
+    "PathPatching",
     "ProbeTransfer",
     "RidgeProbe",
     "SklearnProbe",

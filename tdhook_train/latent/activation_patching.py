@@ -16,7 +16,6 @@ from tdhook_train.hooks.layout import ELEMENTWISE
 from tdhook_train.hooks.readers import sole_readers
 from tdhook_train.latent.paired import PREFIX, Changes, Paired, States, by_layer
 from tdhook_train.method import Seen
-from tdhook_train.ops.cuts import Part
 from tdhook_train.ops.targets import first_floating, label_of, named, read
 
 __all__ = ["ActivationPatching"]
@@ -85,7 +84,7 @@ class ActivationPatching(Paired):
             before = states.before[site]
             # the same units only where both count them along the same dimension
             same = twin and model.unit_axis(twin, before) == model.unit_axis(site, before)
-            done[site] = done[twin] if twin and same else self._patched(states, model, site)
+            done[site] = done[twin] if twin and same else self.every_part(states, model, site)
         return done
 
     def kept(self, seen: Seen) -> dict[NestedKey, Tensor]:
@@ -120,12 +119,6 @@ class ActivationPatching(Paired):
             hits = [(changes[site][kind] + states.metrics).mean(1)[:, -1:] for site in sites]
             found[f"{PREFIX[kind]}interchange"] = by_layer(kind, hits)[..., 0]
         return found
-
-    def _patched(self, states: States, model: HookedModel, site: str) -> dict[Part, Tensor]:
-        cuts = self.cuts(states, model, site)
-        counts = [one.count for one in cuts.values()]
-        found = self.exact(states, model, site, [(one, torch.arange(one.count)) for one in cuts.values()])
-        return dict(zip(cuts, (found - states.metrics).split(counts), strict=True))
 
     def _twins(self, states: States, model: HookedModel, seen: Seen) -> dict[str, str]:
         if self.side == "input" or self.by in ("zero", "mean"):  # what the activation makes of 0 need not be 0

@@ -113,14 +113,12 @@ class GradientPatching(Paired):
         return dict(zip(_TOP, (layer[top], part[top], estimate, exact.gather(0, top.to(every.device))), strict=True))
 
     def _exactly(self, states: States, model: HookedModel, site: str, index: Tensor) -> Tensor:
-        if not len(index):
-            return states.metrics.new_zeros(0, *states.metrics.shape)
         one = self.cuts(states, model, site)[self.parts[-1]]
-        return self.exact(states, model, site, [(one, index)]) - states.metrics
+        return self.exact(states, model, site, [(one, index)])
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
     """Return Pearson's correlation of columns ``[n, target]``, NaN where one does not vary."""
     a, b = (value.double() - value.double().mean(0) for value in (a, b))
     size = a.square().sum(0).sqrt() * b.square().sum(0).sqrt()
-    return (a * b).sum(0) / torch.where(size > 0, size, torch.nan)
+    return (a * b).sum(0) / size

@@ -18,6 +18,7 @@ from tdhook_train.keys import path_of
 from tdhook_train.method import Method, Seen
 from tdhook_train.ops.cuts import PARTS, Cut, Part, cut
 from tdhook_train.ops.join import Labels
+from tdhook_train.ops.substitutes import substitutes
 from tdhook_train.ops.targets import beside, explained, named
 from tdhook_train.ops.units import evenly_spaced, padded
 
@@ -99,21 +100,18 @@ class Paired(Method):
     max_bytes: int | None = None
 
     looks_back: ClassVar[bool] = False
+    _heads_with: ClassVar[str] = "with the part 'head'"
     writes: ClassVar[Mapping[str, str]] = keys_of("effect", "normalised") | {"gap": "layer target"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts = (self.parts,) if isinstance(self.parts, str) else tuple(self.parts)
+        parts, name = (self.parts,) if isinstance(self.parts, str) else tuple(self.parts), type(self).__name__
         object.__setattr__(self, "parts", parts)
-        name = type(self).__name__
-        if self.pairs < 2:
-            raise SettingsError(f"{name} needs at least 2 pairs, got pairs={self.pairs}")
-        if not parts or (self.max_bytes is not None and self.max_bytes < 1):
-            raise SettingsError(f"{name} needs parts, and max_bytes of 1 or more, got {parts}, {self.max_bytes}")
-        if ("head" in parts) != (self.heads is not None) or (self.heads is not None and self.heads < 1):
-            raise SettingsError(
-                f"{name} needs heads, 1 or more, with the part 'head' and only then: heads={self.heads}"
-            )
+        if self.pairs < 2 or not parts or (self.max_bytes is not None and self.max_bytes < 1):
+            given = f"pairs={self.pairs}, parts={parts}, max_bytes={self.max_bytes}"
+            raise SettingsError(f"{name} needs at least 2 pairs, 1 part and, where bound, 1 byte, got {given}")
+        if self.has_heads != (self.heads is not None) or (self.heads is not None and self.heads < 1):
+            raise SettingsError(f"{name} needs heads, 1 or more, {self._heads_with} and only then: {self.heads}")
         for setting, given, known in (
             *(("parts", part, PARTS) for part in parts),
             ("side", self.side, ("output", "input")),
@@ -128,6 +126,11 @@ class Paired(Method):
         if self.targets is not None:
             named(self.targets)
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether anything is cut into heads."""
+        return "head" in self.parts
+
     @abstractmethod
     def changes(self, states: States, model: HookedModel, seen: Seen) -> Changes:
         """Say how far replacing each part moves the metrics."""
@@ -135,18 +138,17 @@ class Paired(Method):
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """The layers and the metrics."""
         sites = model.sites(self.layers)
-        targets = list(self._columns(seen.batch, model))
-        return {"layer": list(sites), "layer_type": [model.kind(site) for site in sites], "target": targets}
+        kinds, targets = [model.kind(site) for site in sites], list(self._columns(seen.batch, model))
+        return {"layer": list(sites), "layer_type": kinds, "target": targets}
 
     def measure(self, seen: Seen, model: HookedModel) -> TensorDictBase:
         """Patch every part of one network."""
         found: dict[NestedKey, Tensor] = {}
+        sites = list(model.sites(self.layers))
         for ending, states in zip(_WAYS[self.way], self._states(seen, model), strict=True):
-            changes = self.changes(states, model, seen)
-            summary = self.summary(changes, states, list(model.sites(self.layers)))
+            summary = self.summary(changes := self.changes(states, model, seen), states, sites)
             found |= {key if key == "gap" else key + ending: value for key, value in summary.items()}
-            more = self.further(changes, states, model)
-            found |= {key + ending: value for key, value in more.items()}
+            found |= {key + ending: value for key, value in self.further(changes, states, model).items()}
         return TensorDict(found, batch_size=[])
 
     def further(self, changes: Changes, states: States, model: HookedModel) -> dict[str, Tensor]:  # noqa: ARG002
@@ -160,7 +162,7 @@ class Paired(Method):
     # ------------------------------------------------------------------ exact
 
     def exact(self, states: States, model: HookedModel, site: str, masks: Sequence[tuple[Cut, Tensor]]) -> Tensor:
-        """Return the metrics with some parts of one site replaced, one after another: ``[part, pair, target]``.
+        """Return how far the metrics move with each of some parts of one site replaced: ``[part, pair, target]``.
 
         Args:
             states: the pairs.
@@ -171,15 +173,25 @@ class Paired(Method):
         before, after = states.before[site], states.after[site]
         at_once = max(1, self._rows_per_pass(model) // len(states.base) - 1)
         still = torch.zeros([1] * (before.ndim + 1), dtype=torch.bool, device=before.device)
-        found = []
+        found = [states.metrics.new_zeros(0, *states.metrics.shape)]
         for cut_, index in masks:
-            for some in index.split(at_once):
+            for some in index.split(at_once) if len(index) else ():
                 swapped = cut_.masks(some)  # the first version stays unchanged
                 versions = torch.where(torch.cat([still.expand(1, *swapped.shape[1:]), swapped]), after, before)
-                outputs = run_versions(model, states.base, site, versions, states.outputs, self.side)
-                metrics = self.metrics(outputs, states.base, model)
-                found.append(metrics.unflatten(0, (len(some) + 1, len(states.base)))[1:])
+                metrics = self.metrics(self.outputs(states, model, site, versions), states.base, model)
+                each = metrics.unflatten(0, (len(versions), len(states.base)))
+                found.append(each[1:] - each[:1])  # of one pass: what nothing reaches stays exactly 0
         return torch.cat(found)
+
+    def every_part(self, states: States, model: HookedModel, site: str) -> dict[Part, Tensor]:
+        """Return how far the metrics move with each part of one site replaced: ``[part, pair, target]`` by kind."""
+        cuts = self.cuts(states, model, site)
+        found = self.exact(states, model, site, [(one, torch.arange(one.count)) for one in cuts.values()])
+        return dict(zip(cuts, found.split([one.count for one in cuts.values()]), strict=True))
+
+    def outputs(self, states: States, model: HookedModel, site: str, versions: Tensor) -> TensorDict:
+        """Return what the network gives out for versions of one site, the first unchanged: ``[version * pair]``."""
+        return run_versions(model, states.base, site, versions, states.outputs, self.side)
 
     def cuts(self, states: States, model: HookedModel, site: str) -> dict[Part, Cut]:
         """Return what one site falls into, by kind of part."""
@@ -198,13 +210,10 @@ class Paired(Method):
 
     def columns(self, outputs: TensorDictBase, base: TensorDictBase, model: HookedModel) -> Mapping[str, Tensor]:
         """Read the metrics of versions of one batch, ``[version * pair]`` each, in the outputs' graph."""
-        count = len(outputs) // len(base)
-        known = {
-            key: value.repeat(count, *[1] * (value.ndim - 1))
-            for key, value in beside(base, self.targets, model.out_keys).items()
-        }
-        read = TensorDict(known, batch_size=outputs.batch_size).update(outputs) if known else outputs
-        return self._columns(read, model, TensorDict(known, batch_size=outputs.batch_size))
+        count, still = len(outputs) // len(base), beside(base, self.targets, model.out_keys)
+        known = {key: value.repeat(count, *[1] * (value.ndim - 1)) for key, value in still.items()}
+        held = TensorDict(known, batch_size=outputs.batch_size)
+        return self._columns(held.copy().update(outputs) if known else outputs, model, held)
 
     def _columns(
         self, outputs: TensorDictBase, model: HookedModel, held: TensorDictBase | None = None
@@ -230,7 +239,8 @@ class Paired(Method):
             before = {site: halves[one] for site, halves in pairs.items()}
             after = {site: halves[other] for site, halves in pairs.items()}
             if self.by != "source":
-                after = self._replaced(values, before, model, seen)
+                axes = {site: self.row_axis(model, site) for site in values}
+                after = substitutes(self.by, values, before, axes, seen.generator)
             patched = base if one == 0 else base.copy().update(source.select(*model.in_keys))
             gap = metrics[other] - metrics[one] if self.by == "source" else None
             yield States(patched, before, after, halves[one], metrics[one], gap)
@@ -244,41 +254,21 @@ class Paired(Method):
         for site, value in values.items():
             axis = self.row_axis(model, site)
             if value.ndim <= axis or value.shape[axis] != len(inputs):
-                raise NetworkError(
-                    f"{type(self).__name__} patches row by row; the {self.side} of {site!r} has {tuple(value.shape)} "
-                    f"for {len(inputs)} rows: name layers with one row a sample"
-                )
+                given = f"the {self.side} of {site!r} has {tuple(value.shape)} for {len(inputs)} rows"
+                name = type(self).__name__
+                raise NetworkError(f"{name} patches row by row; {given}: name layers with one row a sample")
         return values, run.output.select(*model.out_keys, strict=False)
-
-    def _replaced(
-        self, values: Mapping[str, Tensor], before: Mapping[str, Tensor], model: HookedModel, seen: Seen
-    ) -> dict[str, Tensor]:
-        """Return what replaces the activations where no paired state does."""
-        if self.by == "zero":
-            return {site: torch.zeros_like(value) for site, value in before.items()}
-        axes = {site: self.row_axis(model, site) for site in values}
-        if self.by == "mean":
-            return {s: v.mean(axes[s], keepdim=True).expand_as(before[s]) for s, v in values.items()}
-        generator = torch.Generator().manual_seed(0) if seen.generator is None else seen.generator
-        site, value = next(iter(before.items()))
-        rows = value.shape[axes[site]]
-        order = torch.randperm(rows, generator=generator, device=generator.device).cpu()
-        drawn = torch.empty_like(order)
-        drawn[order] = order.roll(1)  # nobody is drawn for itself
-        return {site: value.index_select(axes[site], drawn.to(value.device)) for site, value in before.items()}
 
     def _pair(self, seen: Seen, model: HookedModel) -> tuple[TensorDict, TensorDict]:
         """Return base and source inputs, row by row; with both, what functions may read of the base."""
         inputs = {key: seen.batch.get(key) for key in model.in_keys}
-        prefixed = {key: ("source", *path_of(key)) for key in inputs}
-        given = {key: seen.batch.get(prefixed[key], None) for key in inputs}
+        given = {key: seen.batch.get(("source", *path_of(key)), None) for key in inputs}
         rows = len(seen.batch)
         if any(value is not None for value in given.values()):
             index = evenly_spaced(rows, self.pairs)
             sources = {k: (inputs[k] if v is None else v)[index] for k, v in given.items()}
         elif rows < 2:
-            name = type(self).__name__
-            raise SettingsError(f"{name} pairs rows with each other and needs 2 or more, got {rows}")
+            raise SettingsError(f"{type(self).__name__} pairs rows with each other and needs 2 or more, got {rows}")
         else:
             index = evenly_spaced(rows, min(self.pairs, rows - rows % 2))
             sources = {key: value[index.roll(len(index) // 2)] for key, value in inputs.items()}

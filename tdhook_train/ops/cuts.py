@@ -40,8 +40,8 @@ class Cut:
         if not self.count:
             return value.new_zeros(0, rows)
         number = self.of.expand_as(value).movedim(row_axis, 0).reshape(rows, -1)
-        out = value.new_zeros(rows, self.count)
-        return out.scatter_add_(1, number, value.movedim(row_axis, 0).reshape(rows, -1)).T
+        out = value.new_zeros(rows, max(1, self.count))
+        return out.scatter_add_(1, number, value.movedim(row_axis, 0).reshape(rows, -1))[:, : self.count].T
 
 
 def cut(kind: Part, shape: Sequence[int], axes: tuple[int, int], heads: int | None = None) -> Cut:
