@@ -21,7 +21,8 @@ class HealthCallback(ObserverCallback):
 
     Loggers are told means over layers: ``health/dormant/<tau>`` and ``health/dead`` (shares of units),
     ``health/dormancy``, ``health/dead_unit``, ``health/effective_rank`` and ``health/effective_rank_centred``
-    (directions); and of the network as a whole, with ``_pooled`` after the name, the share of its units or directions.
+    (directions). Of the network as a whole: ``health/dormant_pooled/<tau>`` and ``health/dead_pooled`` (shares of all
+    units), ``health/effective_rank_pooled`` and ``health/effective_rank_centred_pooled`` (shares of all directions).
 
     Example:
         >>> HealthCallback("encoder.*", every_n_epochs=1, batch=(images, labels))  # doctest: +SKIP
