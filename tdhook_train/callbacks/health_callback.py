@@ -24,7 +24,7 @@ class HealthCallback(ObserverCallback):
     (directions); and of the network as a whole, with ``_pooled`` after the name, the share of its units or directions.
 
     Example:
-        >>> HealthCallback("encoder.*", every_n_epochs=1, batch=(images, labels))  # doctest: +SKIP
+        >>> callback = HealthCallback("encoder.*", every_n_epochs=1, batch=(images, labels))
 
     Source: :class:`~tdhook_train.health.DormantUnits`, :class:`~tdhook_train.health.DeadUnits`,
     :class:`~tdhook_train.health.EffectiveRank`.
