@@ -50,7 +50,10 @@ class ArtifactBuffer(Recording):
         SettingsError: both options were given.
 
     Example:
-        ``ArtifactBuffer("runs/a", capacity=500, keep="log-spaced")``
+        >>> with ArtifactBuffer("runs/a", capacity=500, keep="log-spaced") as buffer:
+        ...     row = buffer.append("loss", {"policy": 0.3, "value": torch.tensor([1.0, 2.0])}, step=7)
+        >>> ArtifactBuffer.open("runs/a")["loss"].series("value")
+        tensor([[1., 2.]])
     """
 
     def __init__(  # noqa: PLR0913 - how a folder is opened, and what is kept there

@@ -130,7 +130,8 @@ class Queries:
             SettingsError: the function gives something else, or the text labels nothing.
 
         Example:
-            ``probe.where("r2", lambda r2: r2.amax((1, 2)) > 0.9)``, ``probe.where(("meta", "run"), "seed 3")``
+            >>> rows = probe.where("r2", lambda r2: r2.amax((1, 2)) > 0.9)
+            >>> rows = merged.where(("meta", "run"), "seed 3")
         """
         known = self._known(key)
         _, places, words = self._in_order()

@@ -22,8 +22,8 @@ class ActivationCallback(ObserverCallback):
     Loggers are told nothing: a row is ``("activation", layer)`` [batch, *unit], for as many inputs as are kept.
 
     Example:
-        >>> ActivationCallback("encoder.*", keep=32, batch=batch, limits={"max_bytes": 2**30, "keep": "log-spaced"})
-        ... # doctest: +SKIP
+        >>> limits = {"max_bytes": 2**30, "keep": "log-spaced"}
+        >>> callback = ActivationCallback("encoder.*", keep=32, dataloader=val_loader, limits=limits)
     """
 
     def __init__(

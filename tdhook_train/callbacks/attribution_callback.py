@@ -22,8 +22,9 @@ class AttributionCallback(ObserverCallback):
     row and are drawn by ``report=True``.
 
     Example:
-        >>> AttributionCallback(Saliency(targets="output", rows=16), every_n_epochs=1, batch=(images, labels))
-        ... # doctest: +SKIP
+        >>> from tdhook_train.attribution import Saliency
+        >>> method = Saliency(targets=("output", 3), rows=16)
+        >>> callback = AttributionCallback(method, every_n_epochs=1, batch=(images, labels))
     """
 
     def __init__(self, method: Method | None = None, *, name: str = "attribution", **options: Any) -> None:

@@ -28,7 +28,9 @@ class EditCallback(ObserverCallback):
     edit writes.
 
     Example:
-        >>> EditCallback(ReDo(), when=Every(optim_steps=1000))  # doctest: +SKIP
+        >>> from tdhook_train import Every
+        >>> from tdhook_train.health import ReDo
+        >>> callback = EditCallback(ReDo(), when=Every(optim_steps=1000))
     """
 
     def __init__(

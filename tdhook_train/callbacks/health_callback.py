@@ -25,7 +25,7 @@ class HealthCallback(ObserverCallback):
     units), ``health/effective_rank_pooled`` and ``health/effective_rank_centred_pooled`` (shares of all directions).
 
     Example:
-        >>> HealthCallback("encoder.*", every_n_epochs=1, batch=(images, labels))  # doctest: +SKIP
+        >>> callback = HealthCallback("encoder.*", every_n_epochs=1, batch=(images, labels))
 
     Source: :class:`~tdhook_train.health.DormantUnits`, :class:`~tdhook_train.health.DeadUnits`,
     :class:`~tdhook_train.health.EffectiveRank`.

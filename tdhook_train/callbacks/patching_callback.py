@@ -26,7 +26,7 @@ class PatchingCallback(ObserverCallback):
     ``patching/unit_normalised/<metric>``. A metric without a name is called by its output.
 
     Example:
-        >>> PatchingCallback(["encoder.0", "encoder.2"], ("output", 3), 32, every_n_epochs=1)  # doctest: +SKIP
+        >>> callback = PatchingCallback(["encoder.0", "encoder.2"], ("output", 3), 32, every_n_epochs=1)
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class ProbeCallback(ObserverCallback):
         KeyMissingError: a target that the ``batch`` has not.
 
     Example:
-        >>> ProbeCallback("encoder.*", {"speed": "target", "kind": "2"}, dataloader=val_loader)  # doctest: +SKIP
+        >>> callback = ProbeCallback("encoder.*", {"speed": "target", "kind": "2"}, dataloader=val_loader)
     """
 
     def __init__(

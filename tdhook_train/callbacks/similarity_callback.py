@@ -26,7 +26,7 @@ class SimilarityCallback(ObserverCallback):
     rotation, shift and scale.
 
     Example:
-        >>> SimilarityCallback("encoder.*", reference="pretrained.ckpt", dataloader=val_loader)  # doctest: +SKIP
+        >>> callback = SimilarityCallback("encoder.*", reference="pretrained.ckpt", dataloader=val_loader)
     """
 
     def __init__(

@@ -100,8 +100,11 @@ def sweep(  # noqa: PLR0913 - the one place where a user says everything
         SettingsError: nothing to measure, or on nothing.
 
     Example:
-        >>> sweep("ckpt/*.pt", build=Net, methods={"probe": RidgeProbe(target="y")}, data=td, into="runs/after")
-        ... # doctest: +SKIP
+        >>> from tdhook_train.latent import RidgeProbe
+        >>> probe = RidgeProbe(target="y")
+        >>> buffer = sweep("ckpt/*.pt", build=Net, methods={"probe": probe}, data=td, into="runs/after", progress=False)
+        >>> buffer["probe"].steps
+        tensor([0, 1])
     """
     if on_error not in _ERRORS:
         raise SettingsError(f"on_error={on_error!r}{did_you_mean(on_error, _ERRORS)}")

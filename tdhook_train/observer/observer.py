@@ -80,8 +80,14 @@ class Observer:
         SettingsError: nothing to measure, or something that is no method.
 
     Example:
-        >>> observer = Observer({"probe": RidgeProbe(target="y")}, when=Every(optim_steps=100), into="runs/one")
-        ... # doctest: +SKIP
+        >>> from tdhook_train import Every
+        >>> from tdhook_train.latent import RidgeProbe
+        >>> probe = RidgeProbe(target="y")
+        >>> with Observer({"probe": probe}, when=Every(optim_steps=100), into="runs/one") as observer:
+        ...     for step in range(201):  # of a loop of your own; a TorchRL loss is observed by ObservedLoss
+        ...         measured = observer.step(model, td, step=step)
+        >>> observer.buffer["probe"].steps
+        tensor([100, 200])
     """
 
     def __init__(  # noqa: PLR0913 - the one place where a user says everything

@@ -64,7 +64,8 @@ def heat(
         SettingsError: the key has other dimensions, or no number; the message says which.
 
     Example:
-        ``plots.heat(buffer["probe"], "r2", at={"target": "value"})``
+        >>> figure = heat(buffer["probe"], "r2", at={"target": "y"})
+        >>> figure.write_html("r2.html")
     """
     panels = heat_panels_together(
         {
@@ -113,7 +114,7 @@ def lines(
         SettingsError: the key has other dimensions, or no number; the message says which.
 
     Example:
-        ``plots.lines({"seed 0": run0["health"], "seed 1": run1["health"]}, "effective_rank")``
+        >>> figure = lines({"seed 0": run0["health"], "seed 1": run1["health"]}, "effective_rank")
     """
     panels = line_panels_together(
         {

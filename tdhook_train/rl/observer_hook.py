@@ -28,7 +28,7 @@ class ObserverHook(TrainerHookBase):
         log_pbar: show them in the trainer's progress bar as well.
 
     Example:
-        ``ObserverHook(observer).register(trainer)``
+        >>> ObserverHook(observer).register(trainer)
     """
 
     def __init__(self, observer: Observer, *, log_pbar: bool = False) -> None:
