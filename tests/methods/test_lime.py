@@ -54,7 +54,7 @@ def euclidean(width):
         ({"distance": "euclidean"}, euclidean(0.75 * sqrt(5))),
         ({"distance": "euclidean", "kernel_width": 1.5}, euclidean(1.5)),
     ],
-    ids=str,
+    ids=["default", "no penalty", "narrow", "euclidean", "euclidean, wide"],
 )
 def test_the_same_coalitions_by_scikit_learn(settings, similarity, monkeypatch):
     model, x = mlp(5, 16, 2), torch.randn(3, 5)
