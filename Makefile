@@ -21,10 +21,10 @@ demo: .venv/.stamp ## train PPO with observers attached; prints the path of its 
 
 # one thread of torch: networks are small here, and a second one that waits awake takes the core of other processes
 test: lint ## linters, then the tests that take seconds
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
 
 test-all: lint ## linters, then every test, slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m ''
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m '' -n auto --maxprocesses 4
 
 test-browser: .venv/.stamp ## the report in a headless Chromium, Debian's package, installed where that is allowed
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \

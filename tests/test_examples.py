@@ -190,6 +190,18 @@ def test_lightning_cli(tmp_path: Path) -> None:
         assert buffer["attribution"][0]["attr", "input"].shape[0] == 32
 
 
+def test_erase_a_concept(tmp_path: Path) -> None:
+    *steps, agreement, report, whole, erased, after = ran("erase_a_concept", str(tmp_path / "run"))
+    bits = [[float(number) for number in line.rsplit(": ", 1)[1].split(", ")] for line in steps]
+    assert bits[0][2] < 1.2  # the action is no linear function of the senses
+    assert bits[-1][2] > 5
+    assert float(agreement.rsplit(" ", 1)[1]) > 0.999  # behind the last activation all is linear
+    assert "What else was measured" in Path(report).read_text(encoding="utf-8")
+    share = [float(line.rsplit(" ", 1)[1]) for line in (whole, erased, after)]
+    assert share[0] == share[2] > 0.97
+    assert share[1] < 0.6
+
+
 def test_two_heads() -> None:
     shape, *each = ran("two_heads")
     assert shape == "shares of both: [8, 2, 112, 8, 8]"

@@ -90,4 +90,4 @@ def _fast_ica() -> Any:
     try:
         return importlib.import_module("sklearn.decomposition").FastICA
     except ImportError:
-        raise MissingPackageError("scikit-learn is not installed: pip install scikit-learn") from None
+        raise MissingPackageError('IcaDirection needs scikit-learn: pip install "tdhook-train[probes]"') from None

@@ -122,7 +122,7 @@ def _sklearn() -> Any:
     try:
         from sklearn import base
     except ImportError as error:
-        raise MissingPackageError("SklearnProbe needs scikit-learn: pip install scikit-learn") from error
+        raise MissingPackageError('SklearnProbe needs scikit-learn: pip install "tdhook-train[probes]"') from error
     return base
 
 
