@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdhook_train.hooks import HookedModel
 from tdhook_train.latent.folded_targets import FoldedTargets, was_scored
-from tdhook_train.latent.layer_probe import LayerProbe, null_place
+from tdhook_train.latent.layer_probe import LayerProbe, against_shifts
 from tdhook_train.method import Parts, Seen
 from tdhook_train.ops.classification import classes_of
 from tdhook_train.ops.folds import circular_shifts
@@ -251,14 +251,6 @@ class Fits:
     def test(self, why_not: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the null of each score, p and why they are NaN: ``[score, block, target]`` twice, the last once."""
         missing = ~was_scored(self.reason)
-        if self.shifted is None:
-            nan = torch.full_like(self.mean, torch.nan)
-            return nan, nan, torch.where(missing & (why_not == 0), 1, why_not).to(torch.int8)
+        lost = missing if self.shifted is None else self.shifted[0].isnan().any(-1)
         sign = torch.tensor([-1.0 if name == "log_loss" else 1.0 for name in self._probe._names()]).double()
-        shifted, own = self.shifted * sign[:, None, None, None], self.mean * sign[:, None, None]
-        count = shifted.shape[-1]
-        null = shifted.sort(-1).values[..., null_place(count)] * sign[:, None, None]
-        p = (1 + (shifted >= own[..., None]).sum(-1)).double() / (count + 1)
-        reason = torch.where(missing, 1, torch.where(shifted[0].isnan().any(-1), 4, 0)).to(torch.int8)
-        kept = (reason == 0) & self.mean.isfinite()
-        return torch.where(kept, null, torch.nan), torch.where(kept, p, torch.nan), reason
+        return against_shifts(self.mean, self.shifted, sign, (missing, lost), why_not)

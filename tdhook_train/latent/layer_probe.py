@@ -18,7 +18,7 @@ from tdhook_train.ops.folds import fold_of, in_blocks
 from tdhook_train.ops.join import Labels, Measured
 from tdhook_train.ops.targets import columns, named
 
-__all__ = ["LayerProbe", "LayerReader", "null_place"]
+__all__ = ["LayerProbe", "LayerReader", "against_shifts", "null_place"]
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,34 @@ def null_place(shifts: int) -> int:
     With fewer than 19 shifts the best: no test at 5 % is possible.
     """
     return min(round(0.95 * (shifts + 1)), shifts) - 1
+
+
+def against_shifts(
+    mean: Tensor, shifted: Tensor | None, sign: Tensor, failed: tuple[Tensor, Tensor], why_not: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hold scores against those of shifted targets.
+
+    Args:
+        mean: ``[score, block, target]``.
+        shifted: ``[score, block, target, shift]``; None where nothing was shifted.
+        sign: of each score, ``[score]``: -1 where less is better.
+        failed: what has no score itself, and what has none for its shifts, ``[block, target]`` each.
+        why_not: why nothing was shifted, by the codes of ``null_reason``.
+
+    Returns:
+        The null of each score and p, ``[score, block, target]``, and why they are NaN, ``[block, target]``.
+    """
+    missing, lost = failed
+    if shifted is None:
+        nan = torch.full_like(mean, torch.nan)
+        return nan, nan, torch.where(missing & (why_not == 0), 1, why_not).to(torch.int8)
+    sign, count = sign[:, None, None], shifted.shape[-1]
+    shifted, own = shifted * sign[..., None], mean * sign
+    null = shifted.sort(-1).values[..., null_place(count)] * sign
+    p = (1 + (shifted >= own[..., None]).sum(-1)).double() / (count + 1)
+    reason = torch.where(missing, 1, torch.where(lost, 4, 0)).to(torch.int8)
+    kept = (reason == 0) & mean.isfinite()
+    return torch.where(kept, null, torch.nan), torch.where(kept, p, torch.nan), reason
 
 
 def _flat(value: Tensor, row_axis: int = 0) -> Tensor:

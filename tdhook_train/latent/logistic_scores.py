@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdhook_train.latent.class_blocks import NUMBERS, ClassBlocks
-from tdhook_train.latent.layer_probe import null_place
+from tdhook_train.latent.layer_probe import against_shifts
 from tdhook_train.ops.classification import fold_scores, pooled_scores
 from tdhook_train.ops.logistic import Fit, LogisticDesign
 
@@ -81,17 +81,7 @@ class LogisticScores(ClassBlocks):
     def test(self, why_not: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the null of each score, p and why they are NaN: ``[3, block, target]`` twice, ``[block, target]``."""
         missing = self.mean[0].isnan()
-        if self.shifted is None:
-            nan = torch.full_like(self.mean, torch.nan)
-            return nan, nan, torch.where(missing & (why_not == 0), 1, why_not).to(torch.int8)
-        sign = _BIGGER_IS_BETTER[:, None, None]
-        shifted, own = self.shifted * sign[..., None], self.mean * sign
-        count = shifted.shape[-1]
-        null = shifted.sort(-1).values[..., null_place(count)] * sign
-        p = (1 + (shifted >= own[..., None]).sum(-1)).double() / (count + 1)
-        reason = torch.where(missing, 1, torch.where(self._lost, 4, 0)).to(torch.int8)
-        kept = (reason == 0) & self.mean.isfinite()
-        return torch.where(kept, null, torch.nan), torch.where(kept, p, torch.nan), reason
+        return against_shifts(self.mean, self.shifted, _BIGGER_IS_BETTER, (missing, self._lost), why_not)
 
     def _make_room(self, fits: int) -> None:
         targets, most = len(self.classes), max(2, int(self.classes.max()))
