@@ -95,13 +95,6 @@ def logistic(width: int, classes: int) -> tuple[str, dict[str, Side]]:
     return title, {OURS: probed(probe, net, td, "balanced_accuracy"), "LogisticRegression in loops": loops}
 
 
-def swapped(value: Tensor, unit: int, _module: nn.Module, _args: object, out: Tensor) -> Tensor:
-    """Give one unit its value in another state."""
-    out = out.clone()
-    out[:, unit] = value[:, unit]
-    return out
-
-
 def patching() -> tuple[str, dict[str, Side]]:
     """All units of a policy, over paired states."""
     net = mlp(*[32] * 7)

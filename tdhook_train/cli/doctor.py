@@ -27,6 +27,7 @@ EXTRAS = {
     "lightning": ("lightning",),
     "plots": ("plotly", "matplotlib", "pandas"),
     "tables": ("pandas", "xarray", "pyarrow"),
+    "probes": ("scikit-learn",),
 }
 _PROBE_BYTES = 1 << 16
 

@@ -32,10 +32,8 @@ def projection(values: _Values, direction: Any) -> _Values:
         SettingsError: a direction is missing, does not fit or has no length.
 
     Example:
-        >>> run = ArtifactBuffer.open("run")
-        >>> last = run["direction"].at(1000)["direction"]
-        >>> projection(run["cache"].at(1000)["activation"], last)["net.2"].shape
-        torch.Size([256])
+        >>> projection(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0.0, 5.0]))
+        tensor([2., 4.], dtype=torch.float64)
     """
     if not isinstance(values, TensorDictBase):
         return _along(values, torch.as_tensor(direction), "")
@@ -67,8 +65,8 @@ def velocity(series: Any, steps: Sequence[float] | Tensor, *, dim: int = 0) -> T
         SettingsError: fewer than 2 steps; not as many as values; steps that do not rise, or are not finite.
 
     Example:
-        >>> rows = ArtifactBuffer.open("run")["probe"]
-        >>> velocity(rows.series("r2"), rows.steps)  # of R² a step, [step, layer, target]
+        >>> velocity([0.0, 1.0, 9.0], [0, 1, 3])  # of x², at steps that are not even
+        tensor([0., 2., 6.], dtype=torch.float64)
     """
     return _derivative(series, steps, dim, 1)
 
@@ -91,8 +89,8 @@ def acceleration(series: Any, steps: Sequence[float] | Tensor, *, dim: int = 0) 
         SettingsError: fewer than 3 steps; not as many as values; steps that do not rise, or are not finite.
 
     Example:
-        >>> moved = projection(activations, direction)  # [sample, token]
-        >>> acceleration(moved, range(moved.shape[1]), dim=1)
+        >>> acceleration([0.0, 1.0, 9.0], [0, 1, 3])  # of x²
+        tensor([2., 2., 2.], dtype=torch.float64)
     """
     return _derivative(series, steps, dim, 2)
 

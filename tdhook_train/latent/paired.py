@@ -107,9 +107,12 @@ class Paired(Method):
         super().__post_init__()
         parts, name = (self.parts,) if isinstance(self.parts, str) else tuple(self.parts), type(self).__name__
         object.__setattr__(self, "parts", parts)
-        if self.pairs < 2 or not parts or (self.max_bytes is not None and self.max_bytes < 1):
-            given = f"pairs={self.pairs}, parts={parts}, max_bytes={self.max_bytes}"
-            raise SettingsError(f"{name} needs at least 2 pairs, 1 part and, where bound, 1 byte, got {given}")
+        if self.pairs < 2:
+            raise SettingsError(f"{name} needs at least 2 pairs, got pairs={self.pairs}")
+        if not parts:
+            raise SettingsError(f"{name} needs a part of layers to patch, of {', '.join(PARTS)}; got parts=()")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise SettingsError(f"{name} needs memory for a pass, 1 byte or more, got max_bytes={self.max_bytes}")
         if self.has_heads != (self.heads is not None) or (self.heads is not None and self.heads < 1):
             raise SettingsError(f"{name} needs heads, 1 or more, {self._heads_with} and only then: {self.heads}")
         for setting, given, known in (
