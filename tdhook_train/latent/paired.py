@@ -16,7 +16,7 @@ from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.hooks.versions import run_versions
 from tdhook_train.keys import path_of
 from tdhook_train.method import Method, Seen
-from tdhook_train.ops.cuts import PARTS, Cut, Part, cut
+from tdhook_train.ops.cuts import PARTS, Cut, Part, cut, shared_out
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.substitutes import substitutes
 from tdhook_train.ops.targets import beside, explained, named
@@ -177,13 +177,13 @@ class Paired(Method):
         at_once = max(1, self._rows_per_pass(model) // len(states.base) - 1)
         still = torch.zeros([1] * (before.ndim + 1), dtype=torch.bool, device=before.device)
         found = [states.metrics.new_zeros(0, *states.metrics.shape)]
-        for cut_, index in masks:
-            for some in index.split(at_once) if len(index) else ():
-                swapped = cut_.masks(some)  # the first version stays unchanged
-                versions = torch.where(torch.cat([still.expand(1, *swapped.shape[1:]), swapped]), after, before)
-                metrics = self.metrics(self.outputs(states, model, site, versions), states.base, model)
-                each = metrics.unflatten(0, (len(versions), len(states.base)))
-                found.append(each[1:] - each[:1])  # of one pass: what nothing reaches stays exactly 0
+        for some in shared_out(masks, at_once):
+            swapped = [still, *(cut_.masks(index) for cut_, index in some)]  # the first version stays unchanged
+            shape = torch.broadcast_shapes(*(mask.shape[1:] for mask in swapped))
+            versions = torch.where(torch.cat([mask.expand(-1, *shape) for mask in swapped]), after, before)
+            metrics = self.metrics(self.outputs(states, model, site, versions), states.base, model)
+            each = metrics.unflatten(0, (len(versions), len(states.base)))
+            found.append(each[1:] - each[:1])  # of one pass: what nothing reaches stays exactly 0
         return torch.cat(found)
 
     def every_part(self, states: States, model: HookedModel, site: str) -> dict[Part, Tensor]:

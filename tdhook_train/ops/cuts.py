@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdhook_train.errors import SettingsError
 
-__all__ = ["PARTS", "Cut", "Part", "cut"]
+__all__ = ["PARTS", "Cut", "Part", "cut", "shared_out"]
 
 Part = Literal["layer", "unit", "head", "position"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -74,3 +74,19 @@ def cut(kind: Part, shape: Sequence[int], axes: tuple[int, int], heads: int | No
     if not heads or width % heads:
         raise SettingsError(f"{width} units need a number of heads that divides them, got heads={heads}")
     return Cut(numbers // (width // heads), heads)
+
+
+def shared_out(parts: Sequence[tuple[Cut, Tensor]], most: int) -> Iterator[list[tuple[Cut, Tensor]]]:
+    """Share numbers of parts out among passes, in order: ``most`` of them in each but the last."""
+    some: list[tuple[Cut, Tensor]] = []
+    room = most
+    for cut_, index in parts:
+        while len(index):
+            some.append((cut_, index[:room]))
+            index = index[room:]
+            room = most - sum(len(taken) for _, taken in some)
+            if not room:
+                yield some
+                some, room = [], most
+    if some:
+        yield some
