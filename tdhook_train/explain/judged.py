@@ -14,6 +14,7 @@ from torch import Tensor
 from tdhook_train.errors import SettingsError
 from tdhook_train.explain.attribution import Attribution, one_of
 from tdhook_train.explain.compared import Compared
+from tdhook_train.explain.of_another import OfAnother
 from tdhook_train.explain.problem import Found, Point, Problem, seeds_of
 from tdhook_train.hooks import HookedModel
 from tdhook_train.keys import path_of
@@ -26,7 +27,7 @@ Baseline = Literal["zero", "mean", "blur", "rows"]
 
 
 @dataclass(frozen=True)
-class Judged(Method):
+class Judged(OfAnother):
     """A metric of an attribution: the attribution is made of the same rows, then judged row by row, target by target.
 
     Args:
@@ -41,34 +42,19 @@ class Judged(Method):
     looks_back: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         name = type(self).__name__
         if not isinstance(self.of, Attribution):
             raise SettingsError(f"{name} needs an attribution to judge, of=Saliency() say; got of={self.of!r}")
+        super().__post_init__()
         if self.of.reduction != "none":
             raise SettingsError(f"{name} needs the shares of each row; got reduction={self.of.reduction!r} in of=")
         one_of(self, reduction=("mean", "none"))
-        if self.networks is None:
-            object.__setattr__(self, "networks", self.of.networks)
 
     def weights(self, found: Found) -> Mapping[NestedKey, Tensor]:  # noqa: ARG002 - subclasses use it
         """Say how much each row counts in the mean of an artifact, ``[row, target]``; alike by default."""
         return {}
 
     # ------------------------------------------------------------------ the contract of a method
-
-    def concerns(self, model: HookedModel) -> bool:
-        """Whether the attribution has something to say."""
-        return super().concerns(model) and self.of.concerns(model)
-
-    def check(self, models: Mapping[str, HookedModel]) -> None:
-        """Refuse what the attribution refuses as well."""
-        super().check(models)
-        self.of.check(self.chosen(models))
-
-    def taps(self, model: HookedModel) -> Sequence[str]:
-        """What the attribution reads."""
-        return self.of.taps(model)
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """The attribution's targets and rows."""

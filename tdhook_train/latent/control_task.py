@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,9 +11,10 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import SettingsError, TargetError
+from tdhook_train.explain.of_another import OfAnother
 from tdhook_train.hooks import HookedModel
 from tdhook_train.latent.layer_probe import LayerReader
-from tdhook_train.method import Method, Part, Parts, Seen
+from tdhook_train.method import Part, Parts, Seen
 from tdhook_train.ops.join import Labels, Measured
 from tdhook_train.ops.targets import Target, columns, label_of, named, read
 
@@ -21,7 +22,7 @@ __all__ = ["ControlTask"]
 
 
 @dataclass(frozen=True)
-class ControlTask(Method):
+class ControlTask(OfAnother):
     """How selective a probe is: its score less the score of the same probe on a control task.
 
     In a control task every type of row (every word, every state of a game) has one output, drawn at random from the
@@ -59,14 +60,12 @@ class ControlTask(Method):
     looks_back: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not isinstance(self.of, LayerReader):
             raise SettingsError(f"ControlTask needs a probe of layers, of=RidgeProbe() say; got of={self.of!r}")
+        super().__post_init__()
         if isinstance(self.types, list | Mapping):
             raise SettingsError(f"ControlTask needs one key or function that gives types, got types={self.types!r}")
         named(self.types)
-        if self.networks is None:
-            object.__setattr__(self, "networks", self.of.networks)
 
     @property
     def score(self) -> str:
@@ -89,19 +88,6 @@ class ControlTask(Method):
         """The probe's."""
         own = self.of.legend
         return {**own, "reason_control": own["reason"]} if "reason" in own else own
-
-    def concerns(self, model: HookedModel) -> bool:
-        """Whether the probe has something to say."""
-        return self.of.concerns(model)
-
-    def check(self, models: Mapping[str, HookedModel]) -> None:
-        """Refuse what the probe refuses as well."""
-        super().check(models)
-        self.of.check(self.chosen(models))
-
-    def taps(self, model: HookedModel) -> Sequence[str]:
-        """What the probe reads."""
-        return self.of.taps(model)
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """The probe's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,11 +11,12 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.errors import SettingsError
+from tdhook_train.explain.of_another import OfAnother
 from tdhook_train.hooks import HookedModel
 from tdhook_train.latent.fold_probes import FoldProbes
 from tdhook_train.latent.logistic_probe import LogisticProbe
 from tdhook_train.latent.ridge_probe import RidgeProbe
-from tdhook_train.method import Method, Part, Seen
+from tdhook_train.method import Part, Seen
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.units import evenly_spaced, padded
 
@@ -23,7 +24,7 @@ __all__ = ["ProbeTransfer"]
 
 
 @dataclass(frozen=True)
-class ProbeTransfer(Method):
+class ProbeTransfer(OfAnother):
     """Whether a layer goes on saying a thing in the same way: the probe of one step, applied to the layer at another.
 
     Keeps of each step the probe of each fold, and what the layers gave out. Of these
@@ -69,26 +70,11 @@ class ProbeTransfer(Method):
     shown: ClassVar[tuple[str, ...]] = ("score",)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not isinstance(self.of, RidgeProbe | LogisticProbe):
             raise SettingsError(f"ProbeTransfer needs a probe, of=RidgeProbe() or LogisticProbe(); got of={self.of!r}")
+        super().__post_init__()
         if self.rows is not None and self.rows < 1:
             raise SettingsError(f"ProbeTransfer needs rows of 1 or more, got {self.rows}")
-        if self.networks is None:
-            object.__setattr__(self, "networks", self.of.networks)
-
-    def concerns(self, model: HookedModel) -> bool:
-        """Whether the probe has something to say."""
-        return self.of.concerns(model)
-
-    def check(self, models: Mapping[str, HookedModel]) -> None:
-        """Refuse what the probe refuses as well."""
-        super().check(models)
-        self.of.check(self.chosen(models))
-
-    def taps(self, model: HookedModel) -> Sequence[str]:
-        """The probe's layers."""
-        return self.of.taps(model)
 
     def labels(self, seen: Seen, model: HookedModel) -> Labels:
         """Layers, targets and rows."""
