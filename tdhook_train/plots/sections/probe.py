@@ -67,14 +67,14 @@ _KINDS = (
         "r2",
         "R² (clipped to 0–1)",
         "How well “{}” can be read from each layer",
-        f"R² of a ridge probe {_HOW}",
+        f"R² of a probe {_HOW}",
         _beside("r2", p="p"),
     ),
     _Kind(
         "balanced_accuracy",
         "balanced accuracy",
         "How well the classes of “{}” can be told apart in each layer",
-        f"Balanced accuracy of a logistic probe {_HOW} Chance is 1 ÷ classes, which the hover has.",
+        f"Balanced accuracy of a probe {_HOW} Chance is 1 ÷ classes, which the hover has.",
         _beside("balanced_accuracy", p="balanced_accuracy_p", AUC="auc", **{"log-loss": "log_loss"}, classes="classes"),
     ),
 )
