@@ -74,7 +74,7 @@ def test_classes_are_shown_as_balanced_accuracy_beside_their_null(measured):
 def test_the_page_has_both_and_the_picture_shows_the_classes(measured, tmp_path):
     text = write_report(measured, tmp_path).read_text(encoding="utf-8")
     assert "How far the layers have moved" in text
-    assert "Balanced accuracy of a logistic probe" in text
+    assert "Balanced accuracy of a probe" in text
     assert probe.unit(measured) == "balanced accuracy"
 
 
