@@ -30,11 +30,12 @@ for kill in range(8):
     child = os.fork()
     if child == 0:
         write(sys.argv[1], ack)
+    os.close(ack)
+    acks = os.read(read, 8) if kill % 2 else b''  # every second is killed once it writes, however busy the machine
     time.sleep(random.uniform(.03, .12))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    os.close(ack)
-    acks = os.fdopen(read, 'rb').read()
+    acks += os.fdopen(read, 'rb').read()
     print(int.from_bytes(acks[-8:], 'little') if acks else -1, flush=True)
     artifact = ArtifactBuffer.open(sys.argv[1])['a'] if acks else []
     print(len(artifact), flush=True)
