@@ -11,7 +11,7 @@ ENV = InvertedDoublePendulum-v5
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser peers bench lint clean
+.PHONY: help demo test test-all test-browser peers bench docs lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,12 @@ peers: .venv-peers/.stamp ## the tests that compare with other libraries, those 
 
 bench: .venv/.stamp ## every script of bench/ in turn
 	@set -e; for script in bench/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+docs: .venv/.stamp ## the documentation, warnings are errors; prints the path of its first page
+	@$(BIN)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || \
+	    $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt sphinx furo myst-parser
+	@$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+	@echo build/docs/index.html
 
 lint: .venv/.stamp ## ruff, mypy and the import contract
 	$(BIN)/ruff check

@@ -16,7 +16,10 @@ html_title = f"tdhook-train {release}"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings say shapes and units, which types do not
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {
+    "members": True,
+    "exclude-members": "set_at_, set_, update_, update_if_present, submit_update_if_present",
+}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 myst_enable_extensions = ["colon_fence"]
