@@ -3,37 +3,60 @@
 from __future__ import annotations
 
 import re
+import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from PIL import Image
 
 from tdhook_train import errors
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+FAMILIES = DOCS / "families"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "api" not in path.parts)
+OF_A_FAMILY = [path for path in PAGES if path.parent == FAMILIES and path.stem != "index"]
 PROSE = [*PAGES, ROOT / "README.md"]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+blocks, run = (runpy.run_path(str(DOCS / "pictures.py"))[name] for name in ("blocks", "run"))
 
 
 def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def blocks(path: Path, language: str) -> list[str]:
-    return [text for kind, text in BLOCK.findall(path.read_text()) if kind == language]
-
-
 @pytest.mark.filterwarnings("ignore")  # of what Lightning and TorchRL say of short trainings
-@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "python")], ids=name)
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path)], ids=name)
 def test_the_blocks_of_a_page_run_in_order(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = ModuleType("page")
-    monkeypatch.setitem(sys.modules, "page", page)
-    for number, text in enumerate(blocks(path, "python")):
-        exec(compile(text, f"{path.name}, block {number}", "exec", dont_inherit=True), vars(page))
+    monkeypatch.setitem(sys.modules, "page", None)
+    run(path)
+    if path in OF_A_FAMILY:  # what it shows is what it makes
+        with Image.open(f"{path.stem}.png") as made, Image.open(FAMILIES / f"{path.stem}.png") as kept:
+            assert abs(made.width - kept.width) <= 8  # labels may be a digit longer
+            assert made.height == kept.height
+
+
+@pytest.mark.parametrize("path", OF_A_FAMILY, ids=name)
+def test_a_page_of_a_family_has_what_each_has(path):
+    (block,) = blocks(path)
+    assert len(block.splitlines()) <= 20
+    text = path.read_text()
+    assert f"]({path.stem}.png)" in text
+    assert "\n## When not to use it\n" in text
+    assert f"({path.stem}.md)" in (FAMILIES / "index.md").read_text()
+
+
+def test_every_method_is_on_the_page_of_its_family():
+    rows = (ROOT / "README.md").read_text().split("## What it measures")[1].split("\n\n")[1]
+    methods = {method for row in rows.splitlines() for method in re.findall(r"`([A-Z]\w+)`", row.split("|")[2])}
+    assert len(methods) > 60
+    tables = "\n".join(line for path in OF_A_FAMILY for line in path.read_text().splitlines() if line.startswith("| `"))
+    assert sorted(methods - set(re.findall(r"`(\w+)`", tables))) == []
+
+
+def test_pictures_are_small():
+    assert sum(path.stat().st_size for path in FAMILIES.glob("*.png")) < 600_000
 
 
 @pytest.mark.parametrize("path", PROSE, ids=name)

@@ -2,13 +2,14 @@
 
 A *site* is one tensor that a module gives out: ``"encoder.2"``, or ``"head:1"`` for the second of a tuple,
 ``"lstm:1:0"`` for an item of an item, ``"net.0:agent 2"`` for the part of one of several agents. Patterns match dotted
-names segment by segment: ``*`` is one segment, ``**`` any number. A pattern that ends in ``**`` names leaf modules
-only, so that a container does not repeat its last child.
+names segment by segment: ``*`` is one segment, or any part of one (``"block*"``), and ``**`` any number of segments. A
+pattern that ends in ``**`` names leaf modules only, so that a container does not repeat its last child.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -112,7 +113,13 @@ def _matches(pattern: tuple[str, ...], name: tuple[str, ...]) -> bool:
         return not name
     if pattern[0] == "**":
         return any(_matches(pattern[1:], name[i:]) for i in range(len(name) + 1))
-    return bool(name) and pattern[0] in ("*", name[0]) and _matches(pattern[1:], name[1:])
+    return bool(name) and _is_like(pattern[0], name[0]) and _matches(pattern[1:], name[1:])
+
+
+def _is_like(segment: str, name: str) -> bool:
+    if "*" not in segment:
+        return segment == name
+    return re.fullmatch(".*".join(map(re.escape, segment.split("*"))), name, re.DOTALL) is not None
 
 
 def is_leaf(module: nn.Module) -> bool:

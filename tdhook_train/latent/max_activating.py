@@ -76,8 +76,11 @@ class MaxActivating(Method):
         super().__post_init__()
         if self.k < 1:
             raise SettingsError(f"MaxActivating needs k of 1 or more, got {self.k}")
-        if self.inputs is not None and not 0 <= self.inputs <= self.k:
-            raise SettingsError(f"MaxActivating needs inputs between 0 and k={self.k}, got {self.inputs}")
+        if self.inputs is not None and not (isinstance(self.inputs, int) and 0 <= self.inputs <= self.k):
+            raise SettingsError(
+                f"MaxActivating needs inputs=, the number of ranks whose inputs are kept, between 0 and k={self.k}, "
+                f"got {self.inputs!r}"
+            )
 
     def taps(self, model: HookedModel) -> Sequence[str]:
         """The layers."""

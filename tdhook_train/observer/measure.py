@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdhook_train.buffer.folder import check_name
 from tdhook_train.edit import Edit
 from tdhook_train.errors import GroupsError, SettingsError
 from tdhook_train.hooks import HookedModel
@@ -73,12 +74,13 @@ def rows_of(methods: Mapping[str, Method | Sequence[Method]], *, none: bool = Fa
         none: whether there may be none, since there is something else to do.
 
     Raises:
-        SettingsError: nothing to measure, or something that is no method.
+        SettingsError: nothing to measure, something that is no method, or a name that is none of a folder.
     """
     if not isinstance(methods, Mapping) or not (methods or none):
         raise SettingsError('an observer needs methods, e.g. {"probe": RidgeProbe(target="action")}')
     grouped: dict[str, tuple[Method, ...]] = {}
     for name, given in methods.items():
+        check_name(name)
         grouped[name] = tuple(given) if isinstance(given, list | tuple) else (cast(Method, given),)
         for method in grouped[name]:
             if not isinstance(method, Method):

@@ -13,6 +13,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from tdhook_train.buffer import ArtifactBuffer
+from tdhook_train.buffer.folder import check_name
 from tdhook_train.errors import KeyMissingError, SchemaError, SettingsError
 from tdhook_train.observer.probe_set import ProbeSet
 from tdhook_train.schedule import Clock
@@ -65,13 +66,15 @@ class Sources:
         on: ``"batch"``, ``"collected"``, a probe set, or several of these by name.
 
     Raises:
-        SettingsError: something else was given.
+        SettingsError: something else was given, or a name that is none of a folder.
     """
 
     def __init__(self, on: On) -> None:
         several = isinstance(on, Mapping) and not isinstance(on, TensorDictBase)  # a TensorDict is a Mapping too
         self._named: dict[str, Live | ProbeSet] = dict(on) if several else {"": on}  # type: ignore[arg-type, dict-item]
         for name, source in self._named.items():
+            if several:
+                check_name(name)
             if not isinstance(source, ProbeSet) and not (isinstance(source, str) and source in _ASKED):
                 given = repr(source) if isinstance(source, str) else f"a {type(source).__name__}"
                 where = f" ({name!r})" if name else ""

@@ -12,6 +12,7 @@ __all__ = ["by_network", "network_name", "short_layers", "thin_out"]
 _NETWORK = re.compile(r"^((?:\w+_network|actor|critic|policy|qvalue)(?:\.\d+(?=\.module\b))?)\.(.+)$")
 _AGENT = re.compile(r":(agent \d+)$")
 _KNOWN = {"actor": "policy", "policy": "policy", "critic": "value", "qvalue": "Q", "value": "value"}
+_LONGEST = 24  # characters of a path that is shown in place of a class
 _PARTS = {"NormalParamExtractor:0": "loc", "NormalParamExtractor:1": "scale"}
 
 
@@ -37,17 +38,28 @@ def network_name(network: str) -> str:
 
 
 def short_layers(labels: Sequence[str], types: Sequence[str] | None = None) -> list[str]:
-    """Return tick labels for the layers of one network: ``1 Linear``, ``2 Tanh``, or what is left of the path."""
-    if types is not None and len(types) == len(labels):
+    """Return tick labels for the layers of one network: the names that somebody gave, or ``1 Linear``, ``2 Tanh``."""
+    paths = _without_what_all_share([match[2] if (match := _NETWORK.match(label)) else label for label in labels])
+    if types is not None and len(types) == len(labels) and not all(map(_is_name, paths)):
         kinds = [_PARTS.get(kind, kind) for kind in types]
         agents = [f" {match[1]}" if (match := _AGENT.search(label)) else "" for label in labels]
         return [f"{i} {kind}{agent}" for i, (kind, agent) in enumerate(zip(kinds, agents, strict=True), 1)]
-    paths = [match[2] if (match := _NETWORK.match(label)) else label for label in labels]
-    if len(paths) > 1:
-        parents = [path.split(".")[:-1] for path in paths]
-        shared = sum(1 for _ in takewhile(lambda segments: len(set(segments)) == 1, zip(*parents, strict=False)))
-        paths = [".".join(path.split(".")[shared:]) for path in paths]
-    return [f"{number} · {path}" for number, path in enumerate(paths, 1)]
+    return [path if _is_name(path) else f"{number} · {path}" for number, path in enumerate(paths, 1)]
+
+
+def _without_what_all_share(paths: Sequence[str]) -> list[str]:
+    if len(paths) < 2:
+        return list(paths)
+    parents = [path.split(".")[:-1] for path in paths]
+    shared = sum(1 for _ in takewhile(lambda segments: len(set(segments)) == 1, zip(*parents, strict=False)))
+    return [".".join(path.split(".")[shared:]) for path in paths]
+
+
+def _is_name(path: str) -> bool:
+    """Whether a path is short and says more than numbers and the names of containers do."""
+    words = path.split(":")[0].split(".")
+    named = any(not (word.isdigit() or word.startswith("_")) for word in words)
+    return named and "module" not in words and len(path) <= _LONGEST
 
 
 def thin_out(labels: Sequence[str], most: int) -> list[int]:

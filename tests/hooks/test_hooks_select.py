@@ -139,7 +139,13 @@ def test_text_is_read_and_written_back():
         ("**.c", "c", True),
         ("a.**", "a", True),
         ("a", "a.b", False),
-        ("a*", "ab", False),  # a star is one whole segment
+        ("a*", "ab", True),  # a star is any part of a segment
+        ("a*", "a", True),
+        ("a*", "ab.c", False),  # and never more than one
+        ("*a.b*d", "aa.bcd", True),
+        ("*a.b*d", "aa.bc", False),
+        ("a.*x+", "a.ax+", True),  # the rest is text
+        ("a.*x+", "a.xx", False),
     ],
 )
 def test_segments(pattern, path, expected):

@@ -321,6 +321,10 @@ def test_bad_settings_are_refused_when_made(tmp_path: Path) -> None:
         Observer({}, when=At(0), into=tmp_path)
     with pytest.raises(SettingsError, match="no Method"):
         Observer({"m": 3}, when=At(0), into=tmp_path)  # type: ignore[dict-item]
+    with pytest.raises(SettingsError, match="'my probe' is no name: use letters"):
+        Observer({"my probe": MeanWeight()}, when=At(0), into=tmp_path)
+    with pytest.raises(SettingsError, match="'right now' is no name: use letters"):
+        Observer({"m": MeanWeight()}, when=At(0), into=tmp_path, on={"right now": "batch"})
     with pytest.raises(SettingsError, match=r"budget=0.05 is no Budget; e.g. budget=Budget\(overhead"):
         Observer({"m": MeanWeight()}, when=At(0), into=tmp_path, budget=0.05)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="no trigger"):

@@ -33,12 +33,16 @@ def test_networks_have_the_names_that_readers_use(network, name):
     assert network_name(network) == name
 
 
-def test_layers_are_named_by_class_or_by_what_differs_in_their_paths():
+def test_layers_have_the_names_that_somebody_gave_or_those_of_their_class():
     labels = ["actor_network.module.0.module.0", "actor_network.module.0.module.1"]
     assert short_layers(labels, ["Linear", "NormalParamExtractor:1"]) == ["1 Linear", "2 scale"]
     assert short_layers(labels) == ["1 · 0", "2 · 1"]
     assert short_layers(["0"]) == ["1 · 0"]
-    assert short_layers(["a.b.0", "a.c"]) == ["1 · b.0", "2 · c"]
+    assert short_layers(["a.b.0", "a.c"], ["Linear", "Linear"]) == ["b.0", "c"]
+    assert short_layers(["net.conv1", "net.head:1"], ["Conv2d", "Head:1"]) == ["conv1", "head:1"]
+    assert short_layers(["conv", "0"], ["Conv2d", "Tanh"]) == ["1 Conv2d", "2 Tanh"]  # one way for all
+    assert short_layers(["a.module.0", "b.module.0"], ["Linear", "Linear"]) == ["1 Linear", "2 Linear"]
+    assert short_layers(["x" * 25, "y"], ["Linear", "Linear"]) == ["1 Linear", "2 Linear"]
 
 
 def test_labels_are_thinned_out_evenly():

@@ -155,7 +155,7 @@ def test_labels_are_shown_as_they_are_by_both_libraries(empty, tmp_path):
     labels = ["<b>bold</b>", "$\\unknown{$"]
     scores(empty, torch.full((2, 1), 0.5), labels, ["$\\frac$ velocity"])
     figure = heat_map(probe.panels(empty, "$\\frac$ velocity"), unit="<i>")
-    assert figure.layout.yaxis.ticktext[-2:] == ("1 · &lt;b&gt;bold&lt;/b&gt;", "2 · &#36;\\unknown{&#36;")
+    assert figure.layout.yaxis.ticktext[-2:] == ("&lt;b&gt;bold&lt;/b&gt;", "&#36;\\unknown{&#36;")
     assert figure.layout.coloraxis.colorbar.title.text == "&lt;i&gt;"
     write_report(empty, tmp_path, title="$\\alpha{$")
     assert (tmp_path / "report.png").exists()
