@@ -25,6 +25,15 @@ each layer and unit has lies in the run. The keys are listed with each callback;
 NaN alone is not told. Two callbacks that would log the same key are refused: give one another ``name``.
 """
 
+from tdhook_train.errors import MissingPackageError
+
+try:
+    import lightning as _lightning  # noqa: F401
+except ImportError as error:
+    raise MissingPackageError(
+        f'tdhook_train.callbacks needs {error.name}, which is not installed: pip install "tdhook-train[lightning]"'
+    ) from error
+
 from tdhook_train.callbacks.activation_callback import ActivationCallback
 from tdhook_train.callbacks.attribution_callback import AttributionCallback
 from tdhook_train.callbacks.edit_callback import EditCallback

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tdhook_train.cli.printing import complain, say
+from tdhook_train.errors import MissingPackageError
 
 __all__ = ["EXAMPLES", "demo"]
 
@@ -16,6 +18,7 @@ EXAMPLES = (
     "tdhook-train demo",
     "tdhook-train demo --frames 6000 --out runs/short",
 )
+_NEEDS = ("gymnasium", "pandas", "plotly", "matplotlib")
 
 
 def demo(
@@ -31,6 +34,11 @@ def demo(
     is the report's path. Ctrl-C keeps what was recorded and still writes the report.
     """
     # torchrl and plotly take seconds to import: after --help and argument errors
+    missing = [name for name in _NEEDS if find_spec(name) is None]
+    if missing:
+        raise MissingPackageError(
+            f'the demo needs {", ".join(missing)}, not installed here: pip install "tdhook-train[mujoco,plots]"'
+        )
     import pandas as pd
 
     from tdhook_train.buffer import ArtifactBuffer

@@ -56,6 +56,7 @@ class IcaDirection(Direction):
             raise SettingsError(f"IcaDirection needs components of 1 or more, got {self.components}")
         if self.max_steps < 1:
             raise SettingsError(f"IcaDirection needs max_steps of 1 or more, got {self.max_steps}")
+        _fast_ica()  # said now, not at the first tick
 
     def found(self, x: Tensor, marks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Take the activations apart, and choose for each labelling."""

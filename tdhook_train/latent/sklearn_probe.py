@@ -70,7 +70,7 @@ class SklearnProbe(FoldedProbe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.estimator
+        given, sklearn = self.estimator, _sklearn()  # without which there is nothing to say of an estimator
         if isinstance(given, type) or not all(hasattr(given, name) for name in ("fit", "predict", "get_params")):
             raise SettingsError(f"SklearnProbe needs an estimator, such as estimator=Ridge(), got {given!r}")
         if _kind(given) not in ("classifier", "regressor"):
@@ -78,7 +78,7 @@ class SklearnProbe(FoldedProbe):
         for name, value in given.get_params().items():
             if isinstance(value, np.random.RandomState | np.random.Generator):
                 raise SettingsError(f"SklearnProbe needs {name} as a number or None, or no two fits are alike")
-        object.__setattr__(self, "estimator", _sklearn().clone(given))  # which nobody's later set_params changes
+        object.__setattr__(self, "estimator", sklearn.clone(given))  # which nobody's later set_params changes
         object.__setattr__(self, "_described", _described(given))
 
     def settings(self) -> dict[str, Any]:
