@@ -11,7 +11,7 @@ ENV = InvertedDoublePendulum-v5
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser peers bench docs lint clean
+.PHONY: help demo test test-all test-browser peers bench bench-table docs lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
@@ -37,8 +37,12 @@ test-browser: .venv/.stamp ## the report in a headless Chromium, Debian's packag
 peers: .venv-peers/.stamp ## the tests that compare with other libraries, those of peers.txt
 	.venv-peers/bin/python -m pytest tests/hooks tests/methods tests/metrics -k 'peers or captum or zennit'
 
-bench: .venv/.stamp ## every script of bench/ in turn
-	@set -e; for script in bench/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: .venv/.stamp ## every script of bench/ in turn, beside the peers where `make peers` was; an hour or two
+	@set -e; python=$(BIN)/python; test ! -e .venv-peers/.stamp || python=.venv-peers/bin/python; \
+	    for script in bench/[!_]*.py; do echo "== $$script"; $$python "$$script" --keep; done
+
+bench-table: .venv/.stamp ## the table of bench/README.md, from what the scripts kept
+	@$(BIN)/python bench/_table.py
 
 docs: .venv/.stamp ## the documentation, warnings are errors; prints the path of its first page
 	@$(BIN)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || \

@@ -23,11 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _results import Row, asking, keep
 from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, TensorDictReplayBuffer
 
 from tdhook_train import ArtifactBuffer
 
+BARE, FILES = "bare LazyMemmapStorage, extend", "torch.save + os.replace"
 SAMPLE = 4096
 MEMORY = """
 import re, sys, torch
@@ -75,8 +77,8 @@ def appends(kilobytes: int, rounds: int, folder: Path) -> dict[str, list[float]]
         os.replace(files / "tmp", files / f"{step}.pt")
 
     sides: dict[str, Callable[[int], object]] = {
-        "bare LazyMemmapStorage, extend": lambda _: bare.extend(batch),
-        "torch.save + os.replace": save,
+        BARE: lambda _: bare.extend(batch),
+        FILES: save,
         "append": lambda step: ours.append("a", one, step=step),
         "append without checksums": lambda step: unchecked.append("a", one, step=step),
     }
@@ -118,32 +120,38 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=300)
     options.add_argument("--million", type=int, default=1_000_000)
     options.add_argument("--folder", default=None, help="on which file system")
+    asking(options)
     given = options.parse_args()
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     print(f"{platform.machine()}, {cores}, torch {torch.__version__}, Python {platform.python_version()}\n")
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         for kilobytes in (1, 256):
             (base := Path(folder, str(kilobytes))).mkdir()
-            report(f"a row of {kilobytes} KB", appends(kilobytes, given.rounds, base), 1e6, "µs")
-        many(given.rows, given.rounds, Path(folder))
+            medians = report(f"a row of {kilobytes} KB", appends(kilobytes, given.rounds, base), 1e6, "µs")
+            for side, asked in ((BARE, 1.5), (FILES, 1.0)):
+                rows.append(Row(f"append, a row of {kilobytes} KB", side, medians["append"] / medians[side], asked))
+        rows += many(given.rows, given.rounds, Path(folder))
         read = process(READS_ONE_KEY, Path(folder, "ours"))[-1]
         on_disk = sum(file.stat().st_size for file in Path(folder, "ours", "a").iterdir()) / 2**20
         print(f"opening, and one number of {given.rows} rows: {read:.1f} MiB of {on_disk:.0f} come into memory")
         resident = process(WRITES_MANY, given.million, folder)
         most = ", ".join(f"{max(part):.0f}" for part in np.array_split(resident, 10))
         print(f"writing {given.million} rows, the most resident in each tenth, MiB: {most}")
+    if given.keep:
+        keep(__file__, rows, threads=torch.get_num_threads())
 
 
-def many(rows: int, rounds: int, folder: Path) -> None:
-    """Report what reading and opening many rows takes."""
+def many(rows: int, rounds: int, folder: Path) -> list[Row]:
+    """Report what reading and opening many rows takes, and return what is kept."""
     ours, bare = filled(rows, folder)
     ours.append("b", {"score": 1.0}, step=0)
     ours.flush()
     reader = ArtifactBuffer.open(folder / "ours")["a"]
     reader[:]  # every checksum was looked at
     column = next((folder / "ours" / "a").glob("*score.column"))
-    report(
+    sampled = report(
         f"sampling {SAMPLE} of {rows} rows of 1 KB",
         taking_turns(
             {
@@ -156,7 +164,7 @@ def many(rows: int, rounds: int, folder: Path) -> None:
         1e6,
         "µs",
     )
-    report(
+    read = report(
         f"one number of {rows} rows",
         taking_turns(
             {
@@ -171,6 +179,11 @@ def many(rows: int, rounds: int, folder: Path) -> None:
         "ms",
     )
     ours.close()
+    base, what = "bare TorchRL", f"sampling {SAMPLE} of {rows:,} rows of 1 KB"
+    return [
+        *(Row(f"{what}, {who}", base, sampled[who] / sampled[base], 1.2) for who in ("the writer's", "a reader's")),
+        Row(f"opening {rows:,} rows", "nothing", read["opening the folder"] * 1e3, 100, unit="ms"),
+    ]
 
 
 def process(code: str, *args: object) -> list[float]:
@@ -179,14 +192,15 @@ def process(code: str, *args: object) -> list[float]:
     return [float(line) for line in done.stdout.split()]
 
 
-def report(what: str, seconds: dict[str, list[float]], scale: float, unit: str) -> None:
-    """Print medians, and ratios to the first side."""
+def report(what: str, seconds: dict[str, list[float]], scale: float, unit: str) -> dict[str, float]:
+    """Print medians, and ratios to the first side; return the medians."""
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     first = next(iter(medians.values()))
     print(f"| {what} | {unit} | × the first |\n|---|---|---|")
     for name, median in medians.items():
         print(f"| {name} | {median * scale:.4g} | {median / first:.3f} |")
     print()
+    return medians
 
 
 if __name__ == "__main__":

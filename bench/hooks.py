@@ -29,6 +29,10 @@ from pathlib import Path
 
 import torch
 from _hook_sides import BASE, PEERS, SIDES, Case, Pass, mlp, sides, transformer
+from _results import Row, asking, keep, processor
+
+OURS = 'tdhook-train, run.get("**")'
+Seconds = dict[str, list[float]]
 
 # --- what is measured -------------------------------------------------------------------------------------------------
 
@@ -90,6 +94,9 @@ def peaks() -> dict[str, list[int]]:
 
 # --- the tables -------------------------------------------------------------------------------------------------------
 
+OURS = 'tdhook-train, run.get("**")'
+Seconds = dict[str, list[float]]
+
 
 def first_pass(side: Callable[[Case], Pass], case: Case) -> Pass:
     """Return the wrapping of a model and the first pass through it, in one."""
@@ -97,8 +104,8 @@ def first_pass(side: Callable[[Case], Pass], case: Case) -> Pass:
     return lambda: side(twin)()
 
 
-def report(case: Case, rounds: int, memory: dict[str, int]) -> None:
-    """Print the table of one case."""
+def report(case: Case, rounds: int, memory: dict[str, int]) -> list[Row]:
+    """Print the table of one case, and return our rows."""
     passes = {name: side(case.twin()) for name, side in sides().items()}
     size = check(passes)
     run = turns({name: lambda run=run: run for name, run in passes.items()}, rounds)
@@ -111,12 +118,23 @@ def report(case: Case, rounds: int, memory: dict[str, int]) -> None:
         beyond = (memory[name] - memory["no capture"]) / size
         once, setup = (statistics.median(seconds[name]) * 1e3 for seconds in (run, first))
         print(f"| {name} | {once:.3f} | {ratio:.3f} | {setup:.2f} | {beyond:.3f} |")
+    return ours(case, run, first, (memory[OURS] - memory["no capture"]) / size)
 
 
-def processor() -> str:
-    """Return what the system calls it."""
-    rows = dict(row.split(":", 1) for row in Path("/proc/cpuinfo").read_text().splitlines() if ":" in row)
-    return next((value.strip() for name, value in rows.items() if name.strip() == "model name"), platform.machine())
+def ours(case: Case, run: Seconds, first: Seconds, beyond: float) -> list[Row]:
+    """Return what is asked for of ours: beside raw hooks, and beside peers that copy as well."""
+
+    def than(seconds: Seconds, side: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[OURS], seconds[side], strict=True))
+
+    name = f"{case.title.split(',')[0]}, {len(case.ran)} layers"
+    peers = [side for side in run if side.endswith(", copies")]
+    return [
+        Row(f"{name}: a pass", BASE, than(run, BASE), 1.1),
+        *(Row(f"{name}: a pass", peer, than(run, peer), 1.0) for peer in peers),
+        *(Row(f"{name}: wrapping and first pass", peer, than(first, peer), 1.0) for peer in peers),
+        Row(f"{name}: peak memory beyond no capture", "what is captured", beyond, 1.02),
+    ]
 
 
 def main() -> None:
@@ -125,6 +143,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
+    asking(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
@@ -139,8 +158,11 @@ def main() -> None:
         print(f"{os.cpu_count()} cores of an {processor()} ({torch.get_num_threads()} threads), ", end="")
         print(f"torch {torch.__version__}, Python {platform.python_version()}; medians of {options.rounds} rounds")
         found = peaks()
+        rows: list[Row] = []
         for i, case in enumerate(cases):
-            report(case, options.rounds, {name: each[i] for name, each in found.items()})
+            rows += report(case, options.rounds, {name: each[i] for name, each in found.items()})
+    if options.keep:
+        keep(__file__, rows, threads=options.threads, peers=[name.lower() for name in PEERS])
 
 
 if __name__ == "__main__":

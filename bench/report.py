@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from _results import Row, asking, keep
 
 from tdhook_train import ArtifactBuffer
 from tdhook_train.plots import write_report
@@ -73,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("ticks", 500), ("layers", 30), ("targets", 10), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    asking(parser)
     given = parser.parse_args()
     print(f"{os.cpu_count()} cores, Python {platform.python_version()}")
     with tempfile.TemporaryDirectory() as folder:
@@ -87,6 +89,9 @@ def main() -> None:
             return
     shown = ", ".join(f"{seconds:.2f}" for seconds in found)
     print(f"first heat map after {statistics.median(found):.2f} s (median of {shown}); asked for: 2")
+    if given.keep:
+        what = f"first heat map of {given.ticks} ticks × {given.layers} layers × {given.targets} targets"
+        keep(__file__, [Row(what, "nothing", statistics.median(found), 2, unit="s")], threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

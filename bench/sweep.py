@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _results import Row, asking, keep
 from torch import nn
 
 from tdhook_train import ProbeSet, sweep
@@ -62,32 +63,40 @@ def loading(folder: Path, model: nn.Module) -> float:
     return time.perf_counter() - began
 
 
+def swept(folder: Path, checkpoints: int, frames: int) -> tuple[int, dict[str, float]]:
+    """Return how many checkpoints there were, and the best seconds of each side, which take turns."""
+    (folder / "ckpt").mkdir()
+    ppo, probe_set = saved(folder / "ckpt", checkpoints, frames)
+    over = partial(sweep, folder / "ckpt", build, methods_for(ppo), probe_set, progress=False, overwrite=True)
+    seconds: dict[str, list[float]] = {"loading": [], "one": [], "two": []}
+    model = build()
+    for _ in range(ROUNDS):
+        seconds["loading"].append(loading(folder / "ckpt", model))
+        for name, workers in (("one", 1), ("two", 2)):
+            began = time.perf_counter()
+            over(folder / name, workers=workers)
+            seconds[name].append(time.perf_counter() - began)
+    assert differences(folder / "one", folder / "two") == []
+    return len(os.listdir(folder / "ckpt")), {name: min(times) for name, times in seconds.items()}
+
+
 def main() -> None:
-    """Measure, and print a row for README.md."""
-    asked = argparse.ArgumentParser()
+    """Measure, and print what is kept."""
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked.add_argument("--checkpoints", type=int, default=100)
     asked.add_argument("--frames", type=int, default=50_000)
+    asking(asked)
     options = asked.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        (folder / "ckpt").mkdir()
-        ppo, probe_set = saved(folder / "ckpt", options.checkpoints, options.frames)
-        many = len(os.listdir(folder / "ckpt"))
-        swept = partial(sweep, folder / "ckpt", build, methods_for(ppo), probe_set, progress=False, overwrite=True)
-        seconds: dict[str, list[float]] = {"loading": [], "one": [], "two": []}
-        model = build()
-        for _ in range(ROUNDS):  # they take turns
-            seconds["loading"].append(loading(folder / "ckpt", model))
-            for name, workers in (("one", 1), ("two", 2)):
-                began = time.perf_counter()
-                swept(folder / name, workers=workers)
-                seconds[name].append(time.perf_counter() - began)
-        assert differences(folder / "one", folder / "two") == []
-    best = {name: min(times) for name, times in seconds.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        many, best = swept(Path(folder), options.checkpoints, options.frames)
     print(f"{many} checkpoints; ms each: " + ", ".join(f"{name} {1e3 * s / many:.1f}" for name, s in best.items()))
-    print(f"one process / loading alone: {best['one'] / best['loading']:.2f} (asked: at most 4)")
-    print(f"one process / two: {best['one'] / best['two']:.2f} (asked: at least 1.7)")
+    alone = Row("a checkpoint of the demo, four methods", "loading alone", best["one"] / best["loading"], 4)
+    both = Row(f"{many} checkpoints, one process", "two processes", best["one"] / best["two"], 1.7, "more")
+    for row in (alone, both):
+        print(f"{row.what} beside {row.against}: {row.value:.2f} (asked for: {row.asked:g})")
+    if options.keep:
+        keep(__file__, [alone, both], threads=1)
 
 
 if __name__ == "__main__":

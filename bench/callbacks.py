@@ -2,14 +2,10 @@
 
 Fits of one seed take turns in random order in one process; all must end in the same weights.
 
-    python bench/lightning.py [--repeats 3] [--only images]
+    python bench/callbacks.py [--repeats 3] [--only images]
 """
 
 from __future__ import annotations
-
-import sys
-
-sys.path.pop(0)  # this folder, in which "lightning" is this file
 
 import argparse
 import gzip
@@ -30,6 +26,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from _results import Row, asking, keep
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -189,8 +186,8 @@ SIDES: dict[str, dict[str, Any] | None] = {
 }
 
 
-def run(name: str, repeats: int) -> None:
-    """Print one row, and what each row of an artifact took."""
+def run(name: str, repeats: int) -> list[Row]:
+    """Print one row, and what each row of an artifact took; return what is kept."""
     example = EXAMPLES[name]()
     took: dict[str, list[float]] = {side: [] for side in SIDES}
     costs: dict[str, float] = {}
@@ -208,10 +205,18 @@ def run(name: str, repeats: int) -> None:
     if not all(torch.equal(weights["bare"], value) for value in weights.values()):
         raise SystemExit(f"{name}: a fit with callbacks ended in other weights: the comparison is void")
     bare = statistics.median(took["bare"])
-    ratios = [f"{statistics.median(took[side]) / bare:.3f}" for side in list(SIDES)[1:]]
+    ratios = [statistics.median(took[side]) / bare for side in list(SIDES)[1:]]
     steps = example.epochs * -(-len(example.data[0]) // example.batch_size)
     told = ", ".join(f"{key} {value * 1e3:.0f}" for key, value in costs.items())
-    print(f"| {name}, {steps:,} steps | {bare:.1f} | {' | '.join(ratios)} | {told} |", flush=True)
+    print(
+        f"| {name}, {steps:,} steps | {bare:.1f} | {' | '.join(f'{ratio:.3f}' for ratio in ratios)} | {told} |",
+        flush=True,
+    )
+    hows = (("observed", 1.05), ("with Budget(0.05)", 1.05), ("in the background", None))
+    return [
+        Row(f"{name}, {steps:,} steps, {how}", "the bare fit", ratio, asked)
+        for (how, asked), ratio in zip(hows, ratios, strict=True)
+    ]
 
 
 def _options(folder: Path, example: Example, more: dict[str, Any], name: str) -> dict[str, Any]:
@@ -259,6 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=list(EXAMPLES))
+    asking(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -266,9 +272,12 @@ def main() -> None:
     print(f"torch {torch.__version__}, Lightning {pl.__version__}; median of {options.repeats}\n")
     print("| fit | bare, s | observed / bare | with Budget(0.05) | in the background | ms a tick |")
     print("|---|---|---|---|---|---|")
-    for name in [options.only] if options.only else EXAMPLES:
-        run(name, options.repeats)
-    print(f"\na step at which nothing is due: {dispatch():.1f} µs more")
+    rows = [row for name in ([options.only] if options.only else EXAMPLES) for row in run(name, options.repeats)]
+    idle = dispatch()
+    print(f"\na step at which nothing is due: {idle:.1f} µs more")
+    rows.append(Row("a step at which nothing is due", "the bare callback", idle, 20, unit="µs more"))
+    if options.keep:
+        keep(__file__, rows, threads=torch.get_num_threads(), peers=["lightning"])
 
 
 if __name__ == "__main__":
