@@ -17,7 +17,7 @@ from tdhook_train.explain.concept import CAVS, Through, along, directions, given
 from tdhook_train.hooks import HookedModel
 from tdhook_train.keys import path_of
 from tdhook_train.method import Method, Seen
-from tdhook_train.ops.directions import pooled
+from tdhook_train.ops.directions import over_positions
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.targets import named
 
@@ -149,7 +149,7 @@ class ConceptAttribution(Method):
         width = value.shape[axis]
         if self.concept is not None:
             marks = labelled(seen.batch, self.concept, value.device)
-            return directions(pooled(value, axis), marks[:, None], self.cav, self.C)[0].to(value)
+            return directions(over_positions(value, axis), marks[:, None], self.cav, self.C)[0].to(value)
         if self.direction is not None:
             return given(self.direction, width, self.at).to(value)
         rows = seen.batch.get(("concept", *path_of(self.at)), None)

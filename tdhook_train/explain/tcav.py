@@ -19,7 +19,7 @@ from tdhook_train.explain.problem import Found, Problem
 from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.keys import path_of
 from tdhook_train.method import Method, Seen
-from tdhook_train.ops.directions import pooled
+from tdhook_train.ops.directions import over_positions
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.targets import named
 
@@ -105,7 +105,7 @@ class Tcav(Attribution):
         derivatives = []
         for site in sites:
             value = seen.values[site]
-            cavs = directions(pooled(value, model.unit_axis(site, value)), each, self.cav, self.C)
+            cavs = directions(over_positions(value, model.unit_axis(site, value)), each, self.cav, self.C)
             grad = grads["attr", *path_of(site)].double()
             derivatives.append((grad if kept is None else grad[kept]) @ cavs.T)  # [row, target, labelling]
         along = torch.stack(derivatives)

@@ -17,7 +17,8 @@ from tdhook_train.hooks.agents import one_of
 from tdhook_train.hooks.items import pick, put
 from tdhook_train.hooks.members import Members
 from tdhook_train.hooks.sequences import end_to_end
-from tdhook_train.hooks.tap import Proxy, Setter, Steps, Turn, in_graph
+from tdhook_train.hooks.setter import Setter
+from tdhook_train.hooks.tap import Proxy, Steps, Turn, in_graph
 from tdhook_train.keys import by_name, dotted, split_key
 from tdhook_train.undo import remove_all
 

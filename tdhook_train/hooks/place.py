@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from tdhook_train.errors import SetterError
 from tdhook_train.hooks.arguments import Arguments
 from tdhook_train.hooks.paths import Selector, Site, parse, shown
-from tdhook_train.hooks.tap import Setter, Steps, Stop, Tap, Turn
+from tdhook_train.hooks.setter import Setter
+from tdhook_train.hooks.tap import Steps, Stop, Tap, Turn
 
 if TYPE_CHECKING:
     from tdhook_train.hooks.model import HookedModel

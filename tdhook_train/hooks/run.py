@@ -15,8 +15,9 @@ from tdhook_train.hooks.gradients import GradientProxy, GradientSetter, Objectiv
 from tdhook_train.hooks.kernels import untouched
 from tdhook_train.hooks.paths import Selector, Site, is_pattern, parse, shown
 from tdhook_train.hooks.place import place, refuse_ignored, refuse_unreached, setters_at
+from tdhook_train.hooks.setter import Setter
 from tdhook_train.hooks.several import Proxies
-from tdhook_train.hooks.tap import COPY, Call, Keep, Proxy, Setter, Stop, Stopped, Tap, Turn, Where
+from tdhook_train.hooks.tap import COPY, Call, Keep, Proxy, Stop, Stopped, Tap, Turn, Where
 from tdhook_train.undo import parts_of
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from tdhook_train.errors import GroupsError, SettingsError
 from tdhook_train.explain.concept import marked
 from tdhook_train.hooks import HookedModel, Selection
 from tdhook_train.method import Method, Seen, inputs_below, look
-from tdhook_train.ops.directions import pooled
+from tdhook_train.ops.directions import over_positions
 from tdhook_train.ops.folds import fold_of
 from tdhook_train.ops.join import Labels
 from tdhook_train.ops.separation import Scores, held_out_scores
@@ -194,7 +194,7 @@ class Direction(Method):
     def _rows(self, value: Tensor, model: HookedModel, site: str, batch: TensorDictBase) -> Tensor:
         """Bring what a layer gave out for one side to ``[row, unit]``."""
         axes = model.unit_axis(site, value), model.row_axis(site)
-        return pooled(by_row(value, batch.batch_size, axes, f"{type(self).__name__}: {site!r}"), -1)
+        return over_positions(by_row(value, batch.batch_size, axes, f"{type(self).__name__}: {site!r}"), -1)
 
     def _folds(self, seen: Seen, rows: int) -> Tensor | None:
         groups = torch.arange(rows) if seen.groups is None else seen.groups.cpu()

@@ -44,9 +44,11 @@ def layer_similarity(artifact: Artifact, *, rows: int = 2048) -> xr.DataArray:
     Raises:
         KeyMissingError: the artifact holds no activations.
         SettingsError: it holds the rows of several runs.
+        MissingPackageError: xarray is not installed.
 
     Source: Kornblith et al. 2019, arXiv:1905.00414; debiased: Nguyen et al. 2021, arXiv:2010.15327.
     """
+    package("xarray")  # or it is missed after the work
     keys = [key for key in artifact.schema.columns if _ACTIVATION in key[:-1]]
     if not keys:
         raise KeyMissingError(
@@ -80,7 +82,9 @@ def direction_cosine(artifact: Artifact, key: Key = "direction") -> xr.DataArray
 
     Raises:
         KeyMissingError: the artifact holds no directions.
+        MissingPackageError: xarray is not installed.
     """
+    package("xarray")
     read = rows_of(artifact, key)
     values = read.values.double().nan_to_num(0.0).movedim(0, -2)  # [..., step, unit]
     length = torch.linalg.vector_norm(values, dim=-1)
@@ -105,7 +109,11 @@ def attribution_stability(artifact: Artifact, key: Key, *, top: int = 10) -> xr.
 
     Returns:
         ``[step, target]`` of each; a step is compared with the one before.
+
+    Raises:
+        MissingPackageError: xarray is not installed.
     """
+    package("xarray")
     if top < 1:
         raise SettingsError(f"attribution_stability needs top of 1 or more, got {top}")
     read = rows_of(artifact, key)
@@ -141,8 +149,12 @@ def churn(artifact: Artifact, key: Key, *, outputs: Literal["logits", "values"] 
     Returns:
         ``[step]`` of each; a step is compared with the one before.
 
+    Raises:
+        MissingPackageError: xarray is not installed.
+
     Source: Schaul et al. 2022, arXiv:2206.00730, "The phenomenon of policy churn".
     """
+    package("xarray")
     if outputs not in ("logits", "values"):
         raise SettingsError(f"outputs={outputs!r} is neither 'logits' nor 'values'")
     read = rows_of(artifact, key)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdhook_train.buffer.tables import package
 from tdhook_train.errors import KeyMissingError
 from tdhook_train.metrics.by_step import held_keys, rows_of
-from tdhook_train.ops.held_out_scores import mean_balanced_accuracy, mean_r2
+from tdhook_train.ops.fold_means import mean_balanced_accuracy, mean_r2
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -41,7 +41,9 @@ def probe_transfer(artifact: Artifact) -> xr.DataArray:
     Raises:
         KeyMissingError: the artifact holds no probes and activations.
         SettingsError: it holds the rows of several runs.
+        MissingPackageError: xarray is not installed.
     """
+    package("xarray")  # or it is missed after the work
     keys = [key for key in artifact.schema.columns if _ACTIVATION in key[:-1]]
     if not keys or ("weight",) not in artifact.schema.columns:
         raise KeyMissingError(f"probe_transfer needs what ProbeTransfer keeps; {held_keys(artifact)}")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tdhook_train.ops.logistic import LogisticDesign
 
-__all__ = ["between_means", "by_logistic", "pooled", "unit"]
+__all__ = ["between_means", "by_logistic", "over_positions", "unit"]
 
 
 def unit(direction: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def unit(direction: Tensor) -> Tensor:
     return direction / torch.where(length > 0, length, 1.0)
 
 
-def pooled(value: Tensor, axis: int) -> Tensor:
+def over_positions(value: Tensor, axis: int) -> Tensor:
     """Bring an activation to ``[row, unit]``: the mean over all positions but those along ``axis``."""
     last = value.movedim(axis, -1) if value.ndim > 1 else value[:, None]
     return last.flatten(1, -2).mean(1) if last.ndim > 2 else last

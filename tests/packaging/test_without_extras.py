@@ -56,10 +56,10 @@ DOORS = {
         f"{READ}from tdhook_train.emergence import emergence_table; emergence_table(rows)",
         "tables",
     ),
-    "a comparison over steps": (
-        f"{READ}from tdhook_train.metrics import direction_cosine; direction_cosine(rows, 'direction')",
-        "tables",
-    ),
+    **{
+        f"metrics.{call}": (f"{READ}from tdhook_train import metrics; metrics.{call}", "tables")
+        for call in ("layer_similarity(rows)", "direction_cosine(rows)", "probe_transfer(rows)", "churn(rows, 'y')")
+    },
     "SklearnProbe": ("from tdhook_train.latent import SklearnProbe; SklearnProbe(target='y')", "probes"),
     "IcaDirection": ("from tdhook_train.latent import IcaDirection; IcaDirection(concept='y')", "probes"),
 }

@@ -1,4 +1,4 @@
-"""Scores of what was predicted of held-out rows, for values already at hand: R² and balanced accuracy, over folds."""
+"""Means over folds of scores of what was predicted elsewhere, by the probe of another step."""
 
 from __future__ import annotations
 
