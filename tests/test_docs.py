@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,6 +76,16 @@ def test_the_commands_of_a_page_are_there(path):
     text = path.read_text()
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
     assert set(re.findall(r"(?:^|`)tdhook-train ([a-z]+)", text, re.MULTILINE)) <= commands
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx", reason="`make docs` installs it")
+    pytest.importorskip("furo", reason="`make docs` installs it")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", str(tmp_path / "known")]
+    done = subprocess.run([*command, str(DOCS), str(tmp_path / "html")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "html" / "families" / "probing.html").exists()
 
 
 def test_every_error_has_its_section():
